@@ -139,7 +139,7 @@ def _arguments(scaling: Mapping[str, Any]) -> dict[str, float]:
     if name == "dynamic":
         raise ValueError(
             "dynamic NTK scaling changes every angle with the length of the call, so cached keys would be "
-            'stale; use {"name": "ntk", "factor": F} with a fixed factor, or no scaling within the trained context'
+            'stale; use {"name": "ntk", "factor": F} with a fixed factor, or none within the trained context'
         )
     check_choice("rotary scaling", name, SCALINGS)
     accepted = SCALINGS[name]
