@@ -95,7 +95,7 @@ class Rotary(Scheme):
 
 def _frequencies(R: int, base: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, float]:
     """The angle per position of each pair, float64, and the gain on cos and sin."""
-    exponents = torch.arange(0, R, 2, dtype=torch.float64) / R
+    exponents = torch.arange(0, R, 2, dtype=torch.float64, device="cpu") / R
     plain = base**-exponents
     if scaling is None:
         return plain, 1.0
@@ -124,7 +124,9 @@ def _yarn(R: int, base: float, plain: Tensor, s: dict[str, float]) -> tuple[Tens
     if s["truncate"]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, R - 1)
-    ramp = ((torch.arange(R // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    ramp = ((torch.arange(R // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 1e-3)).clamp(
+        0, 1
+    )
 
     def temperature(mscale: float) -> float:
         return 0.1 * mscale * math.log(s["factor"]) + 1 if s["factor"] > 1 else 1.0
