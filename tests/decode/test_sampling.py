@@ -385,10 +385,19 @@ def test_drawing_needs_mass_and_one_generator_per_row():
         draw(torch.tensor([[0.0], [-torch.inf]]), row_generators(0, range(2)))
     with pytest.raises(ValueError, match="row 0 cannot be drawn from: its probabilities add up to nan"):
         draw(torch.tensor([[0.0, torch.nan]]), row_generators(0, range(1)))
+    with pytest.raises(ValueError, match="row 0 cannot be drawn from: its probabilities add up to inf"):
+        draw(torch.tensor([[0.0, 100.0]]), row_generators(0, range(1)))
     with pytest.raises(
         ValueError, match="2 rows of log-probabilities but 3 generators: each row needs its own"
     ):
         draw(torch.zeros(2, 4), row_generators(0, range(3)))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "repetition_penalty": 1.5}], ids=str)
+def test_a_batch_without_rows_gives_no_tokens(options):
+    sampling = Sampling(**options)
+    tokens, logprobs = pick(torch.zeros(0, 5), sampling, Rows.start(sampling, [], vocab=5))
+    assert (tokens.tolist(), tokens.dtype, logprobs.tolist()) == ([], torch.int64, [])
 
 
 def test_rows_started_for_another_sampling_are_refused():

@@ -225,11 +225,13 @@ def draw(logprobs: Tensor, generators: Sequence[np.random.BitGenerator]) -> Tens
     """
     _check_generators(len(logprobs), generators)
     pairs = zip(to_numpy(logprobs), generators, strict=True)
-    return torch.tensor([_invert(b, *pair) for b, pair in enumerate(pairs)], device=logprobs.device)
+    tokens = [_invert(b, *pair) for b, pair in enumerate(pairs)]
+    return torch.tensor(tokens, dtype=torch.int64, device=logprobs.device)
 
 
 def _invert(b: int, logprobs: Floats, generator: np.random.BitGenerator) -> int:
-    cumulative = np.exp(logprobs).astype(np.float64).cumsum()
+    with np.errstate(over="ignore"):  # an infinite total is refused below
+        cumulative = np.exp(logprobs).astype(np.float64).cumsum()
     total = float(cumulative[-1])
     if not 0 < total < np.inf:
         raise ValueError(f"row {b} cannot be drawn from: its probabilities add up to {total:g}")
@@ -282,5 +284,5 @@ def pick(logits: Tensor, sampling: Sampling, rows: Rows) -> tuple[Tensor, Tensor
         for b, row in enumerate(to_numpy(scores)):
             ids, logprobs = _candidates(b, row, sampling)
             chosen.append(int(ids[_invert(b, logprobs, rows.generators[b])]))
-        tokens = torch.tensor(chosen, device=logits.device)
+        tokens = torch.tensor(chosen, dtype=torch.int64, device=logits.device)
     return tokens, model.gather(1, tokens[:, None]).squeeze(1)
