@@ -187,7 +187,7 @@ def roofs(threads: int | None = None, largest: int = WORKING_SETS[-1]) -> Roofs:
     Raises:
         ValueError: `largest` below the smallest working set.
     """
-    threads = threads or torch.get_num_threads()
+    threads = torch.get_num_threads() if threads is None else threads
     if largest < WORKING_SETS[0]:
         raise ValueError(f"largest={largest} bytes must be at least {WORKING_SETS[0]}")
     free = available_memory()

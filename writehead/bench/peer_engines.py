@@ -378,18 +378,14 @@ class OpenVINO:
         ids = numpy.array(rows, dtype=numpy.int64)
         inputs = self.api.TokenizedInputs(self.ov.Tensor(ids), self.ov.Tensor(numpy.ones_like(ids)))
         result = self.model.generate(inputs, config)
-        metrics = result.perf_metrics.raw_metrics
+        times_ms = result.perf_metrics.raw_metrics.m_new_token_times
         first = result.perf_metrics.get_ttft().mean / 1000
-        times = list(metrics.m_new_token_times)
-        return [list(row) for row in result.tokens], [
-            first,
-            *(b - a for a, b in itertools.pairwise(times)),
-        ]
+        later = [(b - a) / 1000 for a, b in itertools.pairwise(times_ms)]
+        return [list(row) for row in result.tokens], [first, *later]
 
     def prefill(self, ids: list[int]) -> float:
-        self.calls += (
-            1  # another first token each time, else the pipeline reuses the cache of the last prompt
-        )
+        # Another first token each time, else the pipeline reuses the cache of the last prompt.
+        self.calls += 1
         return self._generate([[self.calls % self.vocab, *ids[1:]]], 1)[1][0]
 
     def decode(self, context: int, batch: int, new_tokens: int) -> float:
