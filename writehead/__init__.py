@@ -6,7 +6,7 @@ The names here are imported when they are first used, so `import writehead` alon
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from writehead.version import VERSION as __version__
+from writehead.version import VERSION
 
 if TYPE_CHECKING:
     from writehead.catalog import FEEDFORWARDS, MIXERS, POSITIONS, STACKS, build
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from writehead.model.encoder import Encoder
     from writehead.model.seq2seq import Seq2Seq
 
+__version__ = VERSION
 _HOMES = {
     "catalog": ("FEEDFORWARDS", "MIXERS", "POSITIONS", "STACKS", "build"),
     "config": ("ModelConfig",),

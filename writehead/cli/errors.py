@@ -16,7 +16,7 @@ class Interrupted(Exception):
 
 
 def take_debug(args: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments without `--debug`, which may stand before or behind the verb, and whether it was there."""
+    """The arguments without `--debug`, which may stand before or behind the verb, and was it there?"""
     end = args.index("--") if "--" in args else len(args)
     return [*(a for a in args[:end] if a != "--debug"), *args[end:]], "--debug" in args[:end]
 

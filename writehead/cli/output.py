@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def console() -> Console:
-    """Standard output; colours only on a terminal and without NO_COLOR, the width that COLUMNS or the terminal says."""
+    """Standard output: colours only on a terminal without NO_COLOR, as wide as COLUMNS or the terminal."""
     return Console(highlight=False, emoji=False, markup=False)
 
 
