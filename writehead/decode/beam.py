@@ -114,7 +114,7 @@ def search(
         cost.book(time.perf_counter() - clock, len(rows))
         clock = time.perf_counter()
     return [
-        _generation(prompt, score, link, options, tokenizer)
+        _generation(prompt, score, link, options, tokenizer, engine.reads_source)
         for prompt in range(R)
         for score, link in found[prompt]
     ]
@@ -170,7 +170,7 @@ def _wide(logits: Tensor) -> torch.dtype:
 
 
 def _generation(
-    prompt: int, score: float, last: Link, options: Options, tokenizer: Tokenizer | None
+    prompt: int, score: float, last: Link, options: Options, tokenizer: Tokenizer | None, begins: bool
 ) -> Generation:
     chain, link = list[Link](), last
     while True:
@@ -178,7 +178,7 @@ def _generation(
         if link.before is None:
             break
         link = link.before
-    track = Track(prompt, prompt, options, tokenizer)
+    track = Track(prompt, prompt, options, tokenizer, begins)
     for link in reversed(chain):
         track.accept(link.token, link.logprob)
     track.generation.score = score

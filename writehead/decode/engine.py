@@ -132,16 +132,14 @@ class TorchEngine:
     def state_bytes(self, rows: int, context: int, store: Store) -> int:
         """As `Engine.state_bytes`."""
         itemsize = self.decoder.embedding.table.itemsize
-        total = 8 * rows
-        for block in self.decoder.blocks:
-            total += int(block.mixer.state_bytes(rows, context, itemsize, store))  # type: ignore[operator, union-attr]
-        return total
+        layers = [block.mixer.state_bytes(rows, context, itemsize, store) for block in self.decoder.blocks]
+        return 8 * rows + int(sum(layers))
 
     def memory_bytes(self, sources: int, length: int) -> int:
         """As `Engine.memory_bytes`."""
         itemsize = self.decoder.embedding.table.itemsize
-        heads = (block.cross.qkv for block in self.decoder.blocks if block.cross is not None)  # type: ignore[union-attr]
-        per_token = sum(2 * qkv.kv_heads * qkv.head_dim for qkv in heads)  # type: ignore[union-attr, operator]
+        heads = (block.cross.qkv for block in self.decoder.blocks if block.cross is not None)
+        per_token = sum(2 * qkv.kv_heads * qkv.head_dim for qkv in heads)
         return int(sources * length * per_token * itemsize)
 
     def _empty(self, batch: int, store: Store, source: Tensor | None) -> State:

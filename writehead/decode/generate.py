@@ -1,6 +1,7 @@
 """Continue prompts: greedy, sampled, speculative, in ragged batches, token by token or all at once."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ class Stream(Iterator[Event]):
                 "use num_beams=1, or no callback"
             )
         self.engine: Engine = TorchEngine(model) if isinstance(model, Decoder | Seq2Seq) else model
+        if options.eos_token_id is None and tokenizer is not None:
+            options = replace(options, eos_token_id=tuple(tokenizer.eos))
         self._prompts = prepare(self.engine, prompts, options, tokenizer)
         self._options, self._tokenizer = options, tokenizer
         self.timings = Timings(self.engine.name, weight_bytes=self.engine.weight_bytes())
@@ -104,7 +107,7 @@ class Stream(Iterator[Event]):
     def _decode(self) -> Iterator[Event]:
         copies = self._options.num_return_sequences
         tracks = [
-            Track(row, row // copies, self._options, self._tokenizer)
+            Track(row, row // copies, self._options, self._tokenizer, self.engine.reads_source)
             for row in range(copies * len(self._prompts.given))
         ]
         self.generations = [track.generation for track in tracks]

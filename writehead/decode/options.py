@@ -25,7 +25,7 @@ class Options:
         length_normaliser: "power": length; "gnmt": (5 + length) / 6 (Wu et al. 2016).
         early_stopping: what ends a search once num_beams texts ended: True, just that; False, the best beam
             would not win by ending now; "never" (safe, the default), no beam can win at any length.
-        eos_token_id: the tokens that end a text: one, several, or None.
+        eos_token_id: the tokens that end a text: one or several; None = those of the tokenizer, () = none.
         stop_strings: strings that end a text and are not part of it; needs a tokenizer.
         decoder_start_token_id: encoder-decoder models only: the token that the decoder starts from.
         prompt_lookup_num_tokens: draft up to so many tokens from the text itself and verify them in one call;

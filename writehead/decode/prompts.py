@@ -82,7 +82,7 @@ def _checked(n: int, prompt: Sequence[int], engine: Engine, tokenizer: Tokenizer
             raise ValueError(f"prompt {n}: token {token} is not in the vocabulary (0 to {engine.vocab - 1})")
     if tokens:
         return tokens
-    start = None if tokenizer is None else tokenizer.bos_token_id
+    start = None if tokenizer is None else tokenizer.bos
     if start is None:
         raise ValueError(f"prompt {n} is empty, and there is no beginning-of-sequence token to start from")
     return [start]

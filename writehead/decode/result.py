@@ -12,13 +12,22 @@ class Tokenizer(Protocol):
     """What decoding asks of a tokenizer.
 
     Attributes:
-        bos_token_id: what an empty prompt starts from; None = nothing.
+        bos: what an empty prompt starts from; None = nothing.
+        eos: the tokens that end a text unless the options name others.
     """
 
-    bos_token_id: int | None
+    bos: int | None
+    eos: frozenset[int]
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for; special tokens have none."""
+    @property
+    def strips_space(self) -> bool:
+        """Has a text one space more in front than its author wrote?"""
+
+    def is_special(self, number: int) -> bool:
+        """Is a token no part of the text?"""
+
+    def token_bytes(self, number: int) -> bytes:
+        """The bytes that a token stands for."""
 
 
 class Event(NamedTuple):
@@ -128,13 +137,23 @@ class Result(Sequence[Generation]):
 class Track:
     """One continuation while it grows: takes tokens, says when it is finished."""
 
-    def __init__(self, row: int, prompt: int, options: Options, tokenizer: Tokenizer | None) -> None:
-        """Start without tokens."""
+    def __init__(
+        self, row: int, prompt: int, options: Options, tokenizer: Tokenizer | None, begins: bool
+    ) -> None:
+        """Start without tokens.
+
+        Args:
+            row, prompt: numbers of the continuation and of its prompt.
+            options: when it ends.
+            tokenizer: makes text of it.
+            begins: is it a text of its own, and not the rest of one?
+        """
         self.row, self.generation = row, Generation(prompt)
+        self._strips = begins and tokenizer is not None and tokenizer.strips_space
         self._limit, self._eos = options.max_new_tokens, options.eos
         self._text: TextStream | None = None
         if tokenizer is not None:
-            self._text = TextStream(tokenizer.token_bytes, options.stop_strings)
+            self._text = TextStream(self._bytes(tokenizer), options.stop_strings)
             self.generation.text = ""
 
     @property
@@ -166,6 +185,18 @@ class Track:
                 piece += self._text.finish()
             g.text = (g.text or "") + piece
         return Event(self.row, token, logprob, piece, g.finish_reason)
+
+    def _bytes(self, tokenizer: Tokenizer) -> Callable[[int], bytes]:
+        def token_bytes(token: int) -> bytes:
+            if tokenizer.is_special(token):
+                return b""
+            given = tokenizer.token_bytes(token)
+            if self._strips and given:
+                self._strips = False
+                return given.removeprefix(b" ")
+            return given
+
+        return token_bytes
 
 
 Callback = Callable[[Event], object]
