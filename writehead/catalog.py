@@ -100,11 +100,12 @@ def build(table: Mapping[str, Row], spec: Spec, **context: Any) -> Any:
     Args:
         table: MIXERS, FEEDFORWARDS, POSITIONS or STACKS.
         spec: the row's name and arguments of its constructor, which go over the row's preset.
-        context: arguments that the caller supplies (dim, heads, position, ...); those that the constructor does
-            not take are left out.
+        context: arguments that the caller supplies (dim, heads, position, ...); those that the
+            constructor does not take are left out.
 
     Raises:
-        ValueError: an unknown name or argument (with the nearest and all accepted), an argument that the caller of
+        ValueError: an unknown name or argument (with the nearest and all accepted), an argument that the
+        caller of
             `build` supplies itself, or a missing one.
     """
     row = find(table, spec)
@@ -145,9 +146,10 @@ def argument(table: Mapping[str, Row], spec: Spec, key: str) -> Any:
 
 
 def _check_type(name: str, value: Any, annotation: Any) -> None:
-    """Raise if a plain annotation (int, float | None, str, ...) rules the value out; others are the constructor's."""
+    """Raise if a plain annotation (int, float | None, str, ...) rules the value out; others are the
+    constructor's."""
     kinds = get_args(annotation) or (annotation,)
-    if not all(isinstance(kind, type) for kind in kinds) or isinstance(value, bool) and bool in kinds:
+    if not all(isinstance(kind, type) for kind in kinds) or (isinstance(value, bool) and bool in kinds):
         return
     accepted = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, accepted) or isinstance(value, bool):

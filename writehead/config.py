@@ -139,9 +139,15 @@ def _check(key: str, value: Any) -> None:
                 raise ValueError(f"{key} must be a spec such as {{'name': ...}}; got {spec!r}")
         return
     kinds: dict[str, tuple[type, ...]] = {
-        "embed_scale": (float, int), "logit_scale": (float, int), "tie_embeddings": (bool,), "embed_norm": (bool,),
-        "head_bias": (bool,), "max_context": (int, type(None)), "kind": (str,), "encoder": (Mapping, type(None)),
-    }  # fmt: skip
+        "embed_scale": (float, int),
+        "logit_scale": (float, int),
+        "tie_embeddings": (bool,),
+        "embed_norm": (bool,),
+        "head_bias": (bool,),
+        "max_context": (int, type(None)),
+        "kind": (str,),
+        "encoder": (Mapping, type(None)),
+    }
     accepted = kinds.get(key, (object,))
     if not isinstance(value, accepted) or (isinstance(value, bool) and accepted not in ((bool,), (object,))):
         words = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in accepted)

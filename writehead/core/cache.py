@@ -1,8 +1,9 @@
 """The key/value cache: keys, values and the position of each slot, under one write rule.
 
-Position p lives in slot p while p < lead, and in slot lead + (p - lead) mod (window + slack) after that. With the
-reach of a pattern this gives a growing cache (Causal has no window), a ring (Window) and a ring behind sinks
-(Window | Leading). Ragged rows, padding and rewinding need no rule of their own: every slot knows its position.
+Position p lives in slot p while p < lead, and in slot lead + (p - lead) mod (window + slack) after that. With
+the reach of a pattern this gives a growing cache (Causal has no window), a ring (Window) and a ring behind
+sinks (Window | Leading). Ragged rows, padding and rewinding need no rule of their own: every slot knows its
+position.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -163,7 +164,8 @@ def empty(batch: int, kv_heads: int, widths: tuple[int, int], reach: Reach, stor
 
 
 def share_positions(states: Sequence[State]) -> list[State]:
-    """Let empty caches of equal layout hold one position tensor, so that a step plans once for all of them."""
+    """Let empty caches of equal layout hold one position tensor, so that a step plans once for all of
+    them."""
     first: dict[tuple[Layout, torch.Size], Tensor] = {}
     return [
         replace(s, pos=first.setdefault((s.layout, s.pos.shape), s.pos)) if isinstance(s, KV) else s
@@ -187,15 +189,14 @@ def append(kv: KV, k: Tensor, v: Tensor, pos: Positions) -> tuple[KV, Keys]:
     plan = pos.once(_plan, pos, kv.pos, kv.used, kv.layout)
     new, dtype = [_encode(t.transpose(1, 2), kv) for t in (k, v)], k.dtype
     if kv.used == 0:
-        keys = Keys(*(_decode(*t, dtype).transpose(1, 2) for t in new), pos.index)
+        k, v = (_decode(*t, dtype).transpose(1, 2) for t in new)
+        keys = Keys(k, v, pos.index)
     elif kv.layout.window is not None and k.shape[1] - 1 > kv.layout.slack:
         # a later token of this call may take the slot of a key that an earlier one still reads
         past = _read(kv, pos.once(_narrow, kv.pos, kv.used), dtype)
-        fresh = (_decode(*t, dtype).transpose(1, 2) for t in new)
-        keys = Keys(
-            *(torch.cat(pair, 1) for pair in zip(past[:2], fresh, strict=True)),
-            pos.once(_cat_pos, past.pos, pos.index),
-        )
+        k, v = (_decode(*t, dtype).transpose(1, 2) for t in new)
+        both = pos.once(_cat_pos, past.pos, pos.index)
+        keys = Keys(torch.cat([past.k, k], 1), torch.cat([past.v, v], 1), both)
     else:
         kv = _write(kv, plan, new)
         return kv, _read(kv, plan.seen, dtype)
@@ -321,7 +322,7 @@ def _forget(pos: Tensor, n: Tensor, layout: Layout) -> Tensor:
         there = ((pos >= oldest[:, None]) & (pos < keep[:, None])).sum(1)
         if bool((there < keep - oldest).any()):
             raise CannotRewind(
-                f"a ring of window {layout.window} and slack {layout.slack} can take back {layout.slack} tokens, "
-                f"not {int(n.max())}; create its state with Store(slack={int(n.max())})"
+                f"a ring of window {layout.window} and slack {layout.slack} can take back {layout.slack} "
+                f"tokens, not {int(n.max())}; create its state with Store(slack={int(n.max())})"
             )
     return torch.where(pos < keep[:, None], pos, -1)

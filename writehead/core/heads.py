@@ -10,8 +10,8 @@ from writehead.core.shapes import check_multiple
 class QKV(nn.Module):
     """Queries, keys and values in one matrix product.
 
-    G = H is multi-head, 1 < G < H grouped-query, G = 1 multi-query attention ("one write-head"). Query head h reads
-    key/value head h // (H / G).
+    G = H is multi-head, 1 < G < H grouped-query, G = 1 multi-query attention ("one write-head"). Query head h
+    reads key/value head h // (H / G).
 
     Attributes:
         weight: rows of all query heads, then all key heads, then all value heads: ((H + 2 G) D, X).
@@ -60,7 +60,8 @@ class QKV(nn.Module):
             infused: what queries and keys are made of where that differs from x (position-infused attention).
 
         Returns:
-            Queries and keys side by side (B, T, H + G, D), so that one operation can rotate both, and values (B, T, G, D).
+            Queries and keys side by side (B, T, H + G, D), so that one operation can rotate both, and values
+            (B, T, G, D).
         """
         qk, v = (self.heads + self.kv_heads) * self.head_dim, self.kv_heads * self.head_dim
         if infused is None:

@@ -1,7 +1,7 @@
 """Patterns: who may read whom, as frozen values that can be printed, compared and combined.
 
-`allows` is the definition. The dense mask, the picture, the key list of a decode step, the rule of eviction and the
-slots of a cache all follow from it, and one property test ties them together.
+`allows` is the definition. The dense mask, the picture, the key list of a decode step, the rule of eviction
+and the slots of a cache all follow from it, and one property test ties them together.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,8 @@ from writehead.core.shapes import check_choice
 
 
 class Reach(NamedTuple):
-    """A sound bound on what later queries need: key k at time t if k < lead, or if t - k < window (None = for ever)."""
+    """A sound bound on what later queries need: key k at time t if k < lead, or if t - k < window (None = for
+    ever)."""
 
     lead: int
     window: int | None
@@ -41,7 +42,8 @@ class Pattern(ABC):
 
     @abstractmethod
     def keys(self, q: Tensor) -> Tensor:
-        """q (N,) -> (N, K) int64: the keys each query may read, in any order, -1 where there are fewer than K."""
+        """q (N,) -> (N, K) int64: the keys each query may read, in any order, -1 where there are fewer than
+        K."""
 
     def needed(self, k: Tensor, t: Tensor) -> Tensor:
         """bool: may a query at a position >= t still read key k? Sound, not necessarily tight."""
@@ -106,7 +108,8 @@ class Causal(Pattern):
 
 @dataclass(frozen=True)
 class Window(Pattern):
-    """A query reads `window` keys up to and including its own, and `after` keys behind it: -after <= q - k < window."""
+    """A query reads `window` keys up to and including its own, and `after` keys behind it: -after <= q - k <
+    window."""
 
     window: int
     after: int = 0
@@ -114,8 +117,9 @@ class Window(Pattern):
     def __post_init__(self) -> None:
         if self.window < 1 or self.after < 0:
             raise ValueError(
-                f"Window(window={self.window}, after={self.after}): window counts the query itself and must be "
-                f"at least 1, after at least 0; nearest is Window({max(1, self.window)}, {max(0, self.after)})"
+                f"Window(window={self.window}, after={self.after}): window counts the query itself and must "
+                f"be at least 1, after at least 0; nearest is "
+                f"Window({max(1, self.window)}, {max(0, self.after)})"
             )
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ R = TypeVar("R")
 class Positions:
     """Absolute positions of T new tokens in each of B rows.
 
-    Rotary angles, masks and cache slots follow from positions alone, so `once` computes each for the first layer
-    that asks and hands it to the others. One value serves one call of a model.
+    Rotary angles, masks and cache slots follow from positions alone, so `once` computes each for the first
+    layer that asks and hands it to the others. One value serves one call of a model.
 
     Attributes:
         index: (B, T) int64, -1 = padding; within a row the positions of real tokens rise.
@@ -37,7 +37,8 @@ class Positions:
         return positions
 
     def once(self, function: Callable[..., R], *args: Any) -> R:
-        """function(*args), computed for the first layer that asks in this call; tensors compare by identity."""
+        """function(*args), computed for the first layer that asks in this call; tensors compare by
+        identity."""
         return self._once(function, *args)
 
     @property
@@ -47,7 +48,8 @@ class Positions:
 
     @property
     def start(self) -> int | None:
-        """s if every row holds s, s + 1, ..., s + T - 1 without padding, else None (reads the device once)."""
+        """s if every row holds s, s + 1, ..., s + T - 1 without padding, else None (reads the device
+        once)."""
         if not self._known:
             first = int(self.index[0, 0]) if self.index.numel() else -1
             steps = torch.arange(first, first + self.index.shape[1], device=self.index.device)
@@ -57,7 +59,8 @@ class Positions:
 
     @property
     def in_place(self) -> bool:
-        """Does token t of each row stand at position t or nowhere: prompts from their beginning, padded at the end?"""
+        """Does token t of each row stand at position t or nowhere: prompts from their beginning, padded at
+        the end?"""
         return self.once(_in_place, self.index)
 
 

@@ -1,4 +1,5 @@
-"""Checks of what a caller gives: shapes and choices, with errors that name the argument and the nearest valid value."""
+"""Checks of what a caller gives: shapes and choices, with errors that name the argument and the nearest valid
+value."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -1,7 +1,7 @@
 """States: what a mixer remembers of the past, as a tree whose every tensor has the batch as dimension 0.
 
-A state is a Tensor, None, a number (the same for all rows), a tuple of states, or a `Node` with rules of its own.
-Decoding knows states only through the functions here, so every mode works on every mechanism.
+A state is a Tensor, None, a number (the same for all rows), a tuple of states, or a `Node` with rules of its
+own. Decoding knows states only through the functions here, so every mode works on every mechanism.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,8 @@ S = TypeVar("S")
 
 
 class Once:
-    """Runs each (function, arguments) once; tensors are told apart by identity, so layers that share one share results."""
+    """Runs each (function, arguments) once; tensors are told apart by identity, so layers that share one
+    share results."""
 
     def __init__(self) -> None:
         self._done: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
@@ -58,7 +59,8 @@ class Node(ABC):
 
 
 class CannotRewind(ValueError):
-    """Raised by `rewind` on a state that sums up its past; keep a copy (`select`) of it before the tokens at stake."""
+    """Raised by `rewind` on a state that sums up its past; keep a copy (`select`) of it before the tokens at
+    stake."""
 
 
 def tensors(state: State) -> Iterator[Tensor]:

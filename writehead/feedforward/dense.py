@@ -1,6 +1,7 @@
 """The feed-forward layer: two matrices with a nonlinearity, plain or gated, whole or in pieces.
 
-Paper     Vaswani et al. 2017, arXiv:1706.03762; Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202;
+Paper     Vaswani et al. 2017, arXiv:1706.03762; Shazeer 2020, "GLU Variants Improve Transformer",
+          arXiv:2002.05202;
           pieces: Kitaev et al. 2020, "Reformer", arXiv:2001.04451
 Equation  y = W2 f(W1 x), gated: y = W2 (f(Wg x) * W1 x)
 State     none
@@ -51,7 +52,8 @@ class Dense(nn.Module):
         Args:
             dim: width X.
             hidden: inner width; default 4 dim.
-            activation: one of `ACTIVATIONS`; gated, "silu" is SwiGLU, "gelu" GEGLU, "relu" ReGLU, "sigmoid" GLU.
+            activation: one of `ACTIVATIONS`; gated, "silu" is SwiGLU, "gelu" GEGLU, "relu" ReGLU,
+                "sigmoid" GLU.
             gated: multiply the input's projection with the activated gate.
             bias: add biases.
         """
@@ -74,7 +76,8 @@ class Dense(nn.Module):
 
 
 class Chunked(nn.Module):
-    """The same layer applied to `chunk` tokens at a time: equal results, inner activations of one piece only."""
+    """The same layer applied to `chunk` tokens at a time: equal results, inner activations of one piece
+    only."""
 
     def __init__(
         self,
@@ -94,7 +97,8 @@ class Chunked(nn.Module):
         self.dense = Dense(dim, hidden=hidden, activation=activation, gated=gated, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Aux]:
-        """x (B, T, X) -> y (B, T, X) and auxiliary values; with autograd each piece is computed again backwards."""
+        """x (B, T, X) -> y (B, T, X) and auxiliary values; with autograd each piece is computed again
+        backwards."""
         if x.shape[1] <= self.chunk:
             return self.dense(x)  # type: ignore[no-any-return]
         grad = torch.is_grad_enabled()

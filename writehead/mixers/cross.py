@@ -1,6 +1,7 @@
 """Cross-attention: decoder tokens read an encoder's output, which is kept once for each source row.
 
-Paper     Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762; kv_heads = 1: Shazeer 2019, arXiv:1911.02150
+Paper     Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762; kv_heads = 1: Shazeer 2019,
+          arXiv:1911.02150
 Equation  y_t = sum_s softmax_s(scale q_t.k_s) v_s over the source tokens s of the row's source
 State     keys and values of each source (R, S, G, D), and for each decoder row the number of its source
 Cost      one token O(S H D) operations over S G D * 2 values; several rows of one source read them once

@@ -1,12 +1,15 @@
 """Softmax attention with any head sharing, any pattern and any position scheme.
 
-Paper     Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need", arXiv:1911.02150 (kv_heads = 1);
-          Ainslie et al. 2023, "GQA", arXiv:2305.13245; Vaswani et al. 2017, arXiv:1706.03762 (kv_heads = heads)
+Paper     Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need", arXiv:1911.02150
+          (kv_heads = 1); Ainslie et al. 2023, "GQA", arXiv:2305.13245; Vaswani et al. 2017, arXiv:1706.03762
+          (kv_heads = heads)
 Equation  y_t = sum_s softmax_s(scale q_t.k_s + bias(t, s)) v_s over the keys s that the pattern allows
-State     keys and values of the tokens that later ones may read: 2 G D values and a position a slot (core/cache.py)
+State     keys and values of the tokens that later ones may read: 2 G D values and a position a slot
+          (core/cache.py)
 Cost      whole sequence O(T^2 H D); one token O(S H D) operations over S G D * 2 cached values
 Decodes   exactly: a decode step is the same call with T = 1
-Differs   scores are scaled by D^-1/2 (the 2019 paper folds that into the initialiser); scale=1 gives its convention
+Differs   scores are scaled by D^-1/2 (the 2019 paper folds that into the initialiser); scale=1 gives its
+          convention
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,7 +42,7 @@ class Softmax(nn.Module):
         head_dim: int | None = None,
         bias: str = "none",
         qk_norm: float | None = None,
-        pattern: Pattern | Mapping[str, Any] = Causal(),  # noqa: B008  a frozen value
+        pattern: Pattern | Mapping[str, Any] = Causal(),
         scale: float | None = None,
         position: Scheme | None = None,
     ) -> None:
@@ -70,11 +73,11 @@ class Softmax(nn.Module):
         self.position = NoPosition() if position is None else position
         self.biased = has(self.position, "bias")
 
-    def init_state(self, batch: int, like: Tensor, store: Store = Store()) -> KV:  # noqa: B008
+    def init_state(self, batch: int, like: Tensor, store: Store = Store()) -> KV:
         widths = (self.qkv.head_dim, self.qkv.head_dim)
         return empty(batch, self.qkv.kv_heads, widths, self.pattern.reach, store, like)
 
-    def state_bytes(self, batch: int, context: int, itemsize: int, store: Store = Store()) -> int:  # noqa: B008
+    def state_bytes(self, batch: int, context: int, itemsize: int, store: Store = Store()) -> int:
         slots = Layout.of(self.pattern.reach, store).slots(context, store.capacity)
         size = itemsize if store.dtype is None else store.dtype.itemsize
         return state_bytes(batch, slots, self.qkv.kv_heads, (self.qkv.head_dim, self.qkv.head_dim), size)
@@ -86,11 +89,12 @@ class Softmax(nn.Module):
             )
         q, k, v = self._project(x, pos)
         state, keys = append(self.init_state(len(x), x) if state is None else state, k, v, pos)
-        return self._attend(q, keys, pos), state, NOTHING
+        return self.out(self._attend(q, keys, pos).flatten(2)), state, NOTHING
 
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         q, k, v = self._project(x, pos)
-        return self._attend(q, Keys(k, v, pos.index), pos), NOTHING
+        y = self._attend(q, Keys(k, v, pos.index), pos)
+        return self.out(y.flatten(2)), NOTHING
 
     def _project(self, x: Tensor, pos: Positions) -> tuple[Tensor, Tensor, Tensor]:
         check_shape("x", x, "B T X", B=pos.index.shape[0], T=pos.index.shape[1], X=self.qkv.weight.shape[1])
@@ -101,8 +105,7 @@ class Softmax(nn.Module):
 
     def _attend(self, q: Tensor, keys: Keys, pos: Positions) -> Tensor:
         if not self.biased and pos.once(_triangle, pos, keys.pos, self.pattern):
-            y, _ = attend(q, keys.k, keys.v, causal=True, scale=self.scale)
-            return self.out(y.flatten(2))
+            return attend(q, keys.k, keys.v, causal=True, scale=self.scale)[0]
         pieces = []
         for view in pos.once(_views, pos.index, keys.pos, self.pattern):
             t, s = slice(*view.queries), slice(*view.keys)
@@ -110,8 +113,7 @@ class Softmax(nn.Module):
             pieces.append(
                 attend(q[:, t], keys.k[:, s], keys.v[:, s], mask=view.mask, bias=bias, scale=self.scale)[0]
             )
-        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-        return self.out(y.flatten(2))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 class View(NamedTuple):
@@ -140,7 +142,7 @@ def _pieces(q_pos: Tensor, k_pos: Tensor, pattern: Pattern) -> Iterator[View]:
     for first in range(0, T, rows):
         last = min(T, first + rows)
         q = q_pos[:, first:last]
-        a, b = (0, S) if T <= rows else _readable(q, k_pos, pattern)
+        a, b = (0, S) if rows >= T else _readable(q, k_pos, pattern)
         k = k_pos[:, a:b]
         mask = pattern.mask(q, k)
         yield View((first, last), (a, b), q, k, None if bool(mask.all()) else mask)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class Decoder(nn.Module):
         self,
         batch: int,
         store: Store = Store(),
-        memories: tuple[State, ...] | None = None,  # noqa: B008
+        memories: tuple[State, ...] | None = None,
     ) -> DecodeState:
         """The empty past.
 
@@ -81,7 +82,7 @@ class Decoder(nn.Module):
         return DecodeState(pos, tuple(zip(own, memories or (None,) * len(own), strict=True)))
 
     @property
-    def blocks(self) -> Iterator[nn.Module]:
+    def blocks(self) -> Iterator[Any]:
         """The layers."""
         yield from self.stack.blocks  # type: ignore[misc]
 
@@ -113,6 +114,7 @@ class Decoder(nn.Module):
         return self.logits(x), state
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Aux]:
-        """Training and scoring: tokens (B, T) -> logits (B, T, V) and auxiliary values, from the empty past."""
+        """Training and scoring: tokens (B, T) -> logits (B, T, V) and auxiliary values, from the empty
+        past."""
         x, _, aux = self.hidden(tokens, self.init_state(len(tokens)))
         return self.logits(x), aux

@@ -1,4 +1,5 @@
-"""What decoders and encoders are made of, built from a config; combinations that cannot work end here with a sentence."""
+"""What decoders and encoders are made of, built from a config; combinations that cannot work end here with a
+sentence."""
 
 import inspect
 from typing import Any
@@ -68,9 +69,8 @@ def build_position(config: ModelConfig) -> Scheme:
     for key in {"heads", "head_dim"} & set(inspect.signature(load(row)).parameters):
         values = {_heads_of(config, spec)[key] for spec in mixers}
         if len(values) > 1 or None in values:
-            raise ValueError(
-                f"{row.name} positions need one {key} for all layers; the mixers have {sorted(map(str, values))}"
-            )
+            found = ", ".join(sorted(map(str, values)))
+            raise ValueError(f"{row.name} positions need one {key} for all layers; the mixers have {found}")
         context[key] = values.pop()
     scheme: Scheme = build(POSITIONS, config.position, **context)
     if any(has(scheme, method) for method in ("infuse", "rotate", "bias")):
@@ -78,8 +78,8 @@ def build_position(config: ModelConfig) -> Scheme:
             mixer = find(MIXERS, spec)
             if "position" not in inspect.signature(load(mixer)).parameters:
                 raise ValueError(
-                    f"{row.name} positions act on queries and keys, but mixer {mixer.name!r} takes no position scheme; "
-                    "use sinusoidal, learned or none"
+                    f"{row.name} positions act on queries and keys, but mixer {mixer.name!r} takes no "
+                    "position scheme; use sinusoidal, learned or none"
                 )
     if config.kind == "encoder" and row.name == "none":
         raise ValueError(
@@ -109,7 +109,7 @@ def build_stack(config: ModelConfig, position: Scheme) -> nn.Module:
             raise ValueError(f"mixer {row.name!r} has no bidirectional form; it serves decoders only")
         if config.kind != "encoder" and (not hasattr(mixer, "init_state") or not causal):
             raise ValueError(
-                f"mixer {row.name!r} reads tokens after the query, so it cannot decode; it serves encoders only"
+                f"mixer {row.name!r} reads tokens after the query, so it cannot decode; it serves encoders"
             )
         feedforward = build(FEEDFORWARDS, config.layer("feedforward", index), dim=config.dim)
         cross = None if config.cross is None else build(MIXERS, config.cross, dim=config.dim)

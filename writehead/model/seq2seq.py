@@ -26,10 +26,10 @@ class Seq2Seq(nn.Module):
         self.encoder = Encoder(config.encoder)
         self.decoder = Decoder(config, self.encoder.embedding.table)
 
-    def read(self, source: Tensor, store: Store = Store()) -> tuple[DecodeState, Aux]:  # noqa: B008
+    def read(self, source: Tensor, store: Store = Store()) -> tuple[DecodeState, Aux]:
         """Encode sources (R, S), -1 = padding: the state of R decoder rows that have said nothing yet."""
         x, pos, aux = self.encoder(source)
-        memories = tuple(block.cross.remember(x, pos) for block in self.decoder.blocks)  # type: ignore[union-attr, operator]
+        memories = tuple(block.cross.remember(x, pos) for block in self.decoder.blocks)
         return self.decoder.init_state(len(source), store, memories), aux
 
     def step(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:

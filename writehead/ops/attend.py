@@ -1,10 +1,11 @@
 """Softmax attention, the one implementation: queries against keys and values whose heads are never expanded.
 
-Every call gives (y, lse). The log-sum-exp lets disjoint sets of keys be merged exactly (`merge`), which is how keys
-are split over threads and how caches are read block by block. A query that may read nothing has y = 0, lse = -inf.
+Every call gives (y, lse). The log-sum-exp lets disjoint sets of keys be merged exactly (`merge`), which is
+how keys are split over threads and how caches are read block by block. A query that may read nothing has y =
+0, lse = -inf.
 
-Queries of a group share a key/value head by becoming rows of its matrix product: a product of X = H / G rows for each
-new token instead of X copies of the cache.
+Queries of a group share a key/value head by becoming rows of its matrix product: a product of X = H / G rows
+for each new token instead of X copies of the cache.
 """
 
 from collections.abc import Sequence
@@ -142,7 +143,8 @@ def _each_member(
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's fused CPU kernel, (B, heads, rows, D), with the lse of an empty row set right (it gives 0)."""
+    """PyTorch's fused CPU kernel, (B, heads, rows, D), with the lse of an empty row set right (it gives
+    0)."""
     y, lse = flash(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
     if added is not None:
         lse = lse.masked_fill((added == -torch.inf).all(-1), -torch.inf)

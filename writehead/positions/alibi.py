@@ -15,7 +15,8 @@ from writehead.positions.base import Scheme
 
 
 def slopes(heads: int) -> list[float]:
-    """The authors' slopes: a geometric series for powers of two, else padded with every second one of the next power.
+    """The authors' slopes: a geometric series for powers of two, else padded with every second one of the
+    next power.
 
     Args:
         heads: any number of query heads from 1.

@@ -7,7 +7,8 @@ from writehead.core.positions import Positions
 
 
 class Scheme(nn.Module):
-    """How a model knows where its tokens stand; this one does not tell it ("none": a causal model can still count).
+    """How a model knows where its tokens stand; this one does not tell it ("none": a causal model can still
+    count).
 
     Attributes:
         max_context: the first position that does not exist; None = any position.

@@ -1,7 +1,8 @@
 """Rotary positions: pairs of coordinates of queries and keys turn by an angle that grows with the position.
 
 Paper     Su et al. 2021, "RoFormer", arXiv:2104.09864; YaRN: Peng et al. 2023, arXiv:2309.00071
-Equation  (a, b) at position p -> (a cos pw - b sin pw, a sin pw + b cos pw), w_i = base^(-2i/R) for pair i of R/2
+Equation  (a, b) at position p -> (a cos pw - b sin pw, a sin pw + b cos pw), w_i = base^(-2i/R) for pair i
+          of R/2
 State     none: keys are cached turned
 Cost      3 D operations a head and token
 Decodes   exactly; every scaling here has the same angles at every length
@@ -54,7 +55,8 @@ class Rotary(Scheme):
             head_dim: width D of a head.
             base: the angles' base.
             rotary_dim: coordinates R that turn; default all.
-            pairs: "half" pairs i with i + R/2 (GPT-NeoX, Llama); "interleaved" pairs 2i with 2i + 1 (RoFormer, GPT-J).
+            pairs: "half" pairs i with i + R/2 (GPT-NeoX, Llama); "interleaved" pairs 2i with 2i + 1
+                (RoFormer, GPT-J).
             scaling: {"name": "linear" | "ntk" | "yarn" | "llama3", ...} with the arguments in `SCALINGS`.
 
         Raises:
@@ -65,7 +67,7 @@ class Rotary(Scheme):
         if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > head_dim:
             near = max(2, min(self.rotary_dim, head_dim) // 2 * 2)
             raise ValueError(
-                f"rotary_dim={self.rotary_dim} must be even and at most head_dim={head_dim}; nearest is {near}"
+                f"rotary_dim={self.rotary_dim} must be even, at most head_dim={head_dim}; nearest is {near}"
             )
         check_choice("pairs", pairs, ("half", "interleaved"))
         self.pairs = pairs
@@ -93,7 +95,7 @@ class Rotary(Scheme):
 
 def _frequencies(R: int, base: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, float]:
     """The angle per position of each pair, float64, and the gain on cos and sin."""
-    exponents = torch.arange(0, R, 2, dtype=torch.float64) / R
+    exponents = torch.arange(0, R, 2, dtype=torch.float64, device="cpu") / R
     plain = base**-exponents
     if scaling is None:
         return plain, 1.0
@@ -112,7 +114,8 @@ def _frequencies(R: int, base: float, scaling: Mapping[str, Any] | None) -> tupl
 
 
 def _yarn(R: int, base: float, plain: Tensor, s: dict[str, float]) -> tuple[Tensor, float]:
-    """Slow pairs are interpolated, fast ones kept, with a ramp between the pairs that turn beta_slow and beta_fast times."""
+    """Slow pairs are interpolated, fast ones kept, with a ramp between the pairs that turn beta_slow and
+    beta_fast times."""
 
     def pair_of(turns: float) -> float:
         return R * math.log(s["original_context"] / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -121,7 +124,9 @@ def _yarn(R: int, base: float, plain: Tensor, s: dict[str, float]) -> tuple[Tens
     if s["truncate"]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, R - 1)
-    ramp = ((torch.arange(R // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    ramp = ((torch.arange(R // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 1e-3)).clamp(
+        0, 1
+    )
 
     def temperature(mscale: float) -> float:
         return 0.1 * mscale * math.log(s["factor"]) + 1 if s["factor"] > 1 else 1.0
@@ -135,8 +140,8 @@ def _arguments(scaling: Mapping[str, Any]) -> dict[str, float]:
     name = str(scaling.get("name"))
     if name == "dynamic":
         raise ValueError(
-            "dynamic NTK scaling changes every angle with the length of the call, so cached keys would be stale; "
-            'use {"name": "ntk", "factor": F} with a fixed factor, or no scaling within the trained context'
+            "dynamic NTK scaling changes every angle with the length of the call, so cached keys would be "
+            'stale; use {"name": "ntk", "factor": F} with a fixed factor, or none within the trained context'
         )
     check_choice("rotary scaling", name, SCALINGS)
     accepted = SCALINGS[name]

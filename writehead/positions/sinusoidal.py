@@ -1,12 +1,14 @@
-"""Sinusoidal positions, added to the embeddings (Vaswani et al. 2017) or infused into queries and keys (Shortformer).
+"""Sinusoidal positions, added to the embeddings (Vaswani et al. 2017) or infused into queries and keys
+(Shortformer).
 
-Paper     Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762; Press, Smith, Lewis 2020, "Shortformer",
-          arXiv:2012.15832
+Paper     Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762; Press, Smith, Lewis 2020,
+          "Shortformer", arXiv:2012.15832
 Equation  PE[p, 2i] = sin(p / base^(2i/X)), PE[p, 2i+1] = cos(p / base^(2i/X))
 State     none: a token's position is enough
 Cost      O(X) a token
 Decodes   exactly, at any position
-Differs   layout "concatenated" puts all sines before all cosines with exponents i / (X/2 - 1), as fairseq does
+Differs   layout "concatenated" puts all sines before all cosines with exponents i / (X/2 - 1), as fairseq
+          does
 """
 
 import torch
@@ -41,7 +43,8 @@ class Sinusoidal(Scheme):
 
 
 class PositionInfused(Scheme):
-    """The sinusoidal wave is added to what makes queries and keys, in every layer; never to values or the residual."""
+    """The sinusoidal wave is added to what makes queries and keys, in every layer; never to values or the
+    residual."""
 
     def __init__(self, dim: int, *, layout: str = "interleaved", base: float = 10000.0) -> None:
         super().__init__()

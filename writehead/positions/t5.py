@@ -19,7 +19,7 @@ def bucket_table(buckets: int, max_distance: int) -> list[int]:
     exact = buckets // 2
     table = list(range(min(exact, max_distance + 1)))
     for distance in range(exact, max_distance + 1):
-        # floor(ln(distance / exact) / ln(max_distance / exact) (buckets - exact)), as an inequality of integers
+        # floor(ln(distance / exact) / ln(max_distance / exact) (buckets - exact)), as integers compared
         steps = buckets - exact
         j = 0
         while j < steps and distance**steps * exact ** (j + 1) >= max_distance ** (j + 1) * exact**steps:

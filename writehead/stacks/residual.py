@@ -80,11 +80,11 @@ class Block(nn.Module):
         return self._after(self.feedforward_norm, x, y), state, merge_aux(aux, more)
 
     def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return x if self.order == "post" else norm(x)  # type: ignore[no-any-return]
+        return x if self.order == "post" else norm(x)
 
     def _after(self, norm: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         x = x + self.dropout(y)
-        return norm(x) if self.order == "post" else x  # type: ignore[no-any-return]
+        return norm(x) if self.order == "post" else x
 
 
 class Residual(nn.Module):
