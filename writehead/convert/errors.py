@@ -17,7 +17,7 @@ class BadFile(ValueError):  # noqa: N818 (reads as the sentence it raises)
 
 def shown(value: object, limit: int = 80) -> str:
     """A printable form of something read from a file, at most `limit` characters of it."""
-    if isinstance(value, str | bytes):
+    if isinstance(value, str | bytes | list):
         value = value[: limit + 1]
     text = ascii(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from writehead.convert.errors import BadFile, shown
 from writehead.convert.header import Entry, read_header
-from writehead.convert.strict_json import parse_json, read_json
+from writehead.convert.strict_json import read_json
 
-__all__ = ["BadFile", "Tensors", "parse_json", "read_json", "read_tensors", "whole_or_nothing", "write_json"]
+__all__ = ["BadFile", "Tensors", "read_json", "read_tensors", "replacing", "whole_or_nothing", "write_json"]
 __all__ += ["write_tensors"]
 
 WEIGHTS = "model.safetensors"
@@ -189,7 +189,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     for name, tensor in ready.items():
         if tensor.nbytes and (other := owners.setdefault(tensor.data_ptr(), name)) != name:
             raise ValueError(f"{other} and {name} share memory; write one of them, a config states the tie")
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         try:
             save_file(ready, temporary, metadata=metadata)
         except (SafetensorError, RuntimeError) as error:
@@ -203,12 +203,12 @@ def write_json(path: Path | str, obj: Mapping[str, Any]) -> None:
         ValueError: a number is NaN or infinite.
     """
     text = json.dumps(dict(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that is synced and takes its name at the end, or is removed."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
