@@ -23,6 +23,7 @@ from writehead.core.heads import QKV
 from writehead.core.pattern import Causal, Pattern, from_spec
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice, check_shape
+from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.attend import attend
 from writehead.positions.base import NoPosition, Scheme, has
@@ -81,6 +82,18 @@ class Softmax(nn.Module):
         slots = Layout.of(self.pattern.reach, store).slots(context, store.capacity)
         size = itemsize if store.dtype is None else store.dtype.itemsize
         return state_bytes(batch, slots, self.qkv.kv_heads, (self.qkv.head_dim, self.qkv.head_dim), size)
+
+    def work(self, call: Call) -> Work:
+        D, slot = self.qkv.head_dim, call.batch * call.slot_bytes(self.qkv.kv_heads, 2 * self.qkv.head_dim)
+        limit = Layout.of(self.pattern.reach, call.store).limit
+        past, new = (n if limit is None else min(n, limit) for n in (call.context, call.tokens))
+        return Work(
+            flops=2 * call.rows * products(self.qkv, self.out)
+            + 2 * 2 * D * scores(self.pattern, self.qkv.heads, call),
+            weights=values(self.qkv, self.out),
+            state_read=past * slot,
+            state_written=new * slot,
+        )
 
     def forward(self, x: Tensor, pos: Positions, state: KV | None = None) -> tuple[Tensor, KV, Aux]:
         if not self.pattern.causal:
