@@ -1,4 +1,4 @@
-"""One torch thread for each test process, examples that are the same every time, and a fixed seed for every test."""
+"""One torch thread for a test process, the same examples every time, and a fixed seed for every test."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every row of the catalog against every law that applies to it; then head sharings, patterns, positions, stores."""
+"""Every row of the catalog against every law that applies to it; then patterns, positions, stores, models."""
 
 import pytest
 import torch
@@ -54,7 +54,9 @@ def test_every_row_of_the_catalog_obeys(row, law):
 @pytest.mark.parametrize("law", DECODING)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_pattern_obeys_with_two_kv_heads(pattern, law):
-    mixer = Softmax(16, heads=4, kv_heads=2, bias="all", qk_norm=1e-6, pattern=PATTERNS[pattern], position=Rotary(4))
+    mixer = Softmax(
+        16, heads=4, kv_heads=2, bias="all", qk_norm=1e-6, pattern=PATTERNS[pattern], position=Rotary(4)
+    )
     bounded = pattern not in ("causal", "per head with one that sees all")
     assert_holds(check(mixer, law, decodes="O(W)" if bounded else "O(S)", seed=1))
 
@@ -90,8 +92,19 @@ def test_encoders_obey_with_a_window_on_both_sides(scheme, law):
 
 
 def decoder(**values) -> Decoder:
-    mixers = ({"name": "mqa", "heads": 4}, {"name": "sink_mqa", "heads": 4, "pattern": SINKS_SPEC}, {"name": "gqa", "heads": 4})
-    config = {"vocab": 11, "dim": 16, "depth": 3, "mixer": mixers, "feedforward": {"name": "dense", "hidden": 8}, **values}
+    mixers = (
+        {"name": "mqa", "heads": 4},
+        {"name": "sink_mqa", "heads": 4, "pattern": SINKS_SPEC},
+        {"name": "gqa", "heads": 4},
+    )
+    config = {
+        "vocab": 11,
+        "dim": 16,
+        "depth": 3,
+        "mixer": mixers,
+        "feedforward": {"name": "dense", "hidden": 8},
+        **values,
+    }
     return Decoder(ModelConfig(**config))
 
 
@@ -114,12 +127,13 @@ def test_whole_decoders_of_mixed_layers_obey(position, law):
 @pytest.mark.parametrize("law", TIMELESS)
 def test_a_decoder_that_reads_an_encoder_obeys(law):
     encoder = ModelConfig(
-        vocab=11, dim=16, depth=1, kind="encoder", mixer={"name": "bidirectional", "heads": 4}, position={"name": "t5"},
-        feedforward={"name": "dense", "hidden": 8},
+        vocab=11, dim=16, depth=1, kind="encoder", mixer={"name": "bidirectional", "heads": 4},
+        position={"name": "t5"}, feedforward={"name": "dense", "hidden": 8},
     )  # fmt: skip
     config = ModelConfig(
         vocab=11, dim=16, depth=2, kind="seq2seq", mixer={"name": "mqa", "heads": 4}, position={"name": "t5"},
-        cross={"name": "cross", "heads": 4, "kv_heads": 2}, encoder=encoder, feedforward={"name": "chunked", "chunk": 5, "hidden": 8},
+        cross={"name": "cross", "heads": 4, "kv_heads": 2}, encoder=encoder,
+        feedforward={"name": "chunked", "chunk": 5, "hidden": 8},
     )  # fmt: skip
     assert_holds(check(ReadingLayers(Seq2Seq(config)), law, length=17))
 
@@ -139,7 +153,9 @@ def test_a_verdict_names_what_deviated_and_the_mixer_is_left_alone():
     assert verdict.row == "mine"
     assert 0 < verdict.deviation < 1e-12
     assert "comparisons; the worst: " in verdict.detail
-    assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in mixer.named_parameters())
+    assert all(
+        p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in mixer.named_parameters()
+    )
     assert check(mixer, "split").row == "Softmax"
 
 
@@ -152,7 +168,7 @@ def test_a_law_tries_other_tokens_with_another_seed_and_the_same_with_the_same()
 def test_unknown_laws_and_rows_are_refused():
     with pytest.raises(ValueError, match="unknown law 'splits'; did you mean 'split'"):
         check(Softmax(16), "splits")
-    with pytest.raises(ValueError, match="unknown name.* 'mqq'|unknown system 'mqq'"):
+    with pytest.raises(ValueError, match=r"unknown system 'mqq'; did you mean"):
         check_row("mqq")
     with pytest.raises(ValueError, match="unknown law 'splits'"):
         check_row("mqa", laws=["splits"])

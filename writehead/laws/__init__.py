@@ -107,7 +107,7 @@ def check(
         name: what the verdict calls the mixer; default its class.
 
     Raises:
-        ValueError: an unknown law, too small a length. What the mixer itself raises is a verdict, not an error.
+        ValueError: an unknown law or too small a length. What the mixer raises is a verdict.
     """
     check_choice("law", law, LAWS)
     if length < 13:

@@ -103,7 +103,7 @@ def select_rows(s: Subject, draw: Draw) -> Findings:
         yield from _against("a row continued in two ways", y, [1], later, then)
         y, _ = s.run(later, state)
         yield from _against("a state that was selected from", y, (0, 1, 2), later, then)
-        yield from _joined(s, first, later, alone, then)
+        yield from _joined(s, first, later, then)
     leaf = leaf_of(first)
     y, _ = s.run(leaf, s.start((0, 1, 2)))
     for row in range(3):
@@ -116,12 +116,14 @@ def _against(what: str, y: Tensor, rows: Sequence[int], tokens: Tokens, right: l
     """Is each row of y, which are those rows of `tokens`, what it is alone?"""
     for i, row in enumerate(rows):
         valid = tokens.valid[row]
-        yield f"row {row} of {what}", gap(y[i][valid], right[row][: len(valid)][valid])
+        yield f"row {row} of {what}", gap(y[i][valid], right[row][valid])
 
 
-def _joined(s: Subject, first: Tokens, later: Tokens, alone: list[Tensor], then: list[Tensor]) -> Findings:
+def _joined(s: Subject, first: Tokens, later: Tokens, then: list[Tensor]) -> Findings:
     """Batches that were run apart, the second one in a cache of another capacity."""
     room = replace(s.store, capacity=s.store.capacity + 2 * s.length)
+    begin = first.split([12, s.length - 12])[0]
+    begun = [s.run(begin.rows([row]), s.start([row]))[0][0] for row in range(3)]
     for left, right in (((0,), (1, 2)), ((2, 1), (0,))):
         rows = (*left, *right)
         for a, b in ((s.store, room), (room, s.store)):
@@ -130,12 +132,11 @@ def _joined(s: Subject, first: Tokens, later: Tokens, alone: list[Tensor], then:
             y, _ = s.run(later.rows(rows), join(p, q))
             yield from _against(f"batches {left} and {right} joined", y, rows, later, then)
         _, p = s.run(first.rows(left), s.start(left))
-        begin = first.split([12, s.length - 12])[0]
         mixed = [later.rows(left), begin.rows(right)]
         both = Tokens(torch.cat([t.x for t in mixed]), torch.cat([t.index for t in mixed]))
         y, _ = s.run(both, join(p, s.start(right)))
         yield from _against(f"rows {left} joined by new ones", y, left, later, then)
-        yield from _against(f"new rows that joined {left}", y[len(left) :], right, begin, alone)
+        yield from _against(f"new rows that joined {left}", y[len(left) :], right, begin, begun)
 
 
 def padding(s: Subject, draw: Draw) -> Findings:

@@ -95,7 +95,9 @@ class Subject:
             return self.mixer.init_state(len(rows), self.like, store or self.store)
         sources = [self.sources[row] for row in rows]
         longest = max(source.shape[1] for source in sources) + pads
-        x = torch.full((len(rows), longest, self.sources[0].shape[-1]), self.garbage, dtype=torch.float64)
+        x = torch.full(
+            (len(rows), longest, self.sources[0].shape[-1]), self.garbage if pads else 1.0
+        ).double()
         index = torch.full(x.shape[:2], -1)
         for i, source in enumerate(sources):
             length = source.shape[1]
