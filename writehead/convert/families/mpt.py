@@ -32,7 +32,9 @@ def _read(fields: Fields, names: Collection[str] | None) -> ModelConfig:
     dim = fields.whole("d_model", REQUIRED, "hidden_size")
     heads = fields.whole("n_heads", REQUIRED, "num_attention_heads")
     if dim % heads or heads > 1 << 16:
-        raise ValueError(f"{fields.what}: d_model={dim} is not a multiple of n_heads={heads} (up to {1 << 16})")
+        raise ValueError(
+            f"{fields.what}: d_model={dim} is not a multiple of n_heads={heads} (up to {1 << 16})"
+        )
     given = fields.take("attn_config", {})
     if not isinstance(given, dict):
         raise ValueError(f"{fields.what}: attn_config={shown(given)} must be an object")
@@ -74,7 +76,9 @@ def _position(attention: Fields, heads: int) -> dict[str, Any]:
         attention.only(key, *accepted)
     attention.ignore("attn_impl", "attn_pdrop")
     largest = attention.whole("alibi_bias_max", 8)
-    return {"name": "alibi"} if largest == 8 else {"name": "alibi", "slopes_of_heads": _slopes(heads, largest)}
+    return (
+        {"name": "alibi"} if largest == 8 else {"name": "alibi", "slopes_of_heads": _slopes(heads, largest)}
+    )
 
 
 def _slopes(heads: int, largest: int) -> list[float]:
