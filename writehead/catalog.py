@@ -1,0 +1,171 @@
+"""The one table over all systems: a literal row each, imported when it is built."""
+
+import inspect
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias, get_args
+
+from writehead.core.shapes import check_choice
+
+Spec: TypeAlias = Mapping[str, Any]  # {"name": "mqa", "heads": 8}: a row and arguments of its constructor
+NO_PRESET: Spec = MappingProxyType({})
+
+
+class Row(NamedTuple):
+    """One system.
+
+    Attributes:
+        name: what configs and commands call it.
+        target: "module:Class" below `writehead`.
+        paper: arXiv number or other source.
+        family: what kind of system it is.
+        cost: time of a whole sequence of T tokens.
+        decodes: growth of the decode state with the context S; "encode" if it has no causal form.
+        summary: one line.
+        preset: arguments that make the class this system.
+    """
+
+    name: str
+    target: str
+    paper: str
+    family: str
+    cost: str
+    decodes: str
+    summary: str
+    preset: Spec = NO_PRESET
+
+
+def _table(*rows: Row) -> Mapping[str, Row]:
+    return MappingProxyType({row.name: row for row in rows})
+
+
+MIXERS = _table(
+    Row("mha", "mixers.softmax:Softmax", "arXiv:1706.03762", "head sharing", "O(T^2)", "O(S)",
+        "multi-head attention: every query head has its own key/value head"),
+    Row("gqa", "mixers.softmax:Softmax", "arXiv:2305.13245", "head sharing", "O(T^2)", "O(S)",
+        "grouped-query attention: kv_heads groups of query heads share a key/value head", {"kv_heads": 2}),
+    Row("mqa", "mixers.softmax:Softmax", "arXiv:1911.02150", "head sharing", "O(T^2)", "O(S)",
+        "multi-query attention: one write-head for all query heads", {"kv_heads": 1}),
+    Row("local_mha", "mixers.softmax:Softmax", "arXiv:1911.02150", "head sharing", "O(T W)", "O(W)",
+        "multi-head attention over a window that counts the query itself",
+        {"pattern": {"name": "window", "window": 32}}),
+    Row("local_mqa", "mixers.softmax:Softmax", "arXiv:1911.02150", "head sharing", "O(T W)", "O(W)",
+        "multi-query attention over a window that counts the query itself",
+        {"kv_heads": 1, "pattern": {"name": "window", "window": 32}}),
+    Row("sink_mqa", "mixers.softmax:Softmax", "arXiv:2309.17453", "head sharing", "O(T W)", "O(W)",
+        "multi-query attention over a window and the first tokens (attention sinks)",
+        {"kv_heads": 1, "pattern": {"name": "and", "a": {"name": "causal"}, "b": {"name": "or",
+         "a": {"name": "window", "window": 32}, "b": {"name": "leading", "count": 4}}}}),
+    Row("bidirectional", "mixers.softmax:Softmax", "arXiv:1706.03762", "head sharing", "O(T^2)", "encode",
+        "multi-head attention in which every token reads every other", {"pattern": {"name": "full"}}),
+    Row("cross", "mixers.cross:Cross", "arXiv:1706.03762", "head sharing", "O(T S)", "O(1)",
+        "decoder tokens read an encoder's output, kept once for each source"),
+)  # fmt: skip
+
+FEEDFORWARDS = _table(
+    Row("dense", "feedforward.dense:Dense", "arXiv:1706.03762", "feed-forward", "O(T)", "O(1)",
+        "two matrices and a nonlinearity, plain or gated"),
+    Row("chunked", "feedforward.dense:Chunked", "arXiv:2001.04451", "feed-forward", "O(T)", "O(1)",
+        "the dense layer over pieces of the sequence: equal results in bounded memory"),
+)  # fmt: skip
+
+POSITIONS = _table(
+    Row("none", "positions.base:NoPosition", "arXiv:2203.16634", "position", "O(1)", "O(1)",
+        "no position; a causal model can still tell order"),
+    Row("sinusoidal", "positions.sinusoidal:Sinusoidal", "arXiv:1706.03762", "position", "O(T)", "O(1)",
+        "fixed waves added to the embeddings"),
+    Row("infused", "positions.sinusoidal:PositionInfused", "arXiv:2012.15832", "position", "O(T)", "O(1)",
+        "fixed waves added to what queries and keys are made of, never to values"),
+    Row("learned", "positions.learned:Learned", "arXiv:1705.03122", "position", "O(T)", "O(1)",
+        "a trained vector for each position, up to a limit"),
+    Row("rotary", "positions.rope:Rotary", "arXiv:2104.09864", "position", "O(T)", "O(1)",
+        "pairs of query and key coordinates turn with the position"),
+    Row("alibi", "positions.alibi:ALiBi", "arXiv:2108.12409", "position", "O(T S)", "O(1)",
+        "a penalty on distance, with a slope for each head"),
+    Row("t5", "positions.t5:T5Bias", "arXiv:1910.10683", "position", "O(T S)", "O(1)",
+        "a learned bias for each bucket of distances"),
+)  # fmt: skip
+
+STACKS = _table(
+    Row("residual", "stacks.residual:Residual", "arXiv:1706.03762", "stack", "O(depth)", "O(depth)",
+        "pre-norm, post-norm or parallel residual blocks"),
+)  # fmt: skip
+
+
+def build(table: Mapping[str, Row], spec: Spec, **context: Any) -> Any:
+    """Make what a spec describes.
+
+    Args:
+        table: MIXERS, FEEDFORWARDS, POSITIONS or STACKS.
+        spec: the row's name and arguments of its constructor, which go over the row's preset.
+        context: arguments that the caller supplies (dim, heads, position, ...); those that the
+            constructor does not take are left out.
+
+    Raises:
+        ValueError: an unknown name or argument (with the nearest and all accepted), an argument that the
+        caller of
+            `build` supplies itself, or a missing one.
+    """
+    row = find(table, spec)
+    target = load(row)
+    parameters = inspect.signature(target).parameters
+    given = {key: value for key, value in spec.items() if key != "name"}
+    for key in given:
+        if key not in parameters or key in context:
+            accepted = sorted(set(parameters) - set(context))
+            near = get_close_matches(key, accepted, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{row.name} takes no argument {key!r}{hint} (accepted: {', '.join(accepted) or 'none'})"
+            )
+    for key, value in given.items():
+        _check_type(f"{row.name}: {key}", value, parameters[key].annotation)
+    arguments = {**row.preset, **given, **{key: v for key, v in context.items() if key in parameters}}
+    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in arguments]
+    if missing:
+        raise ValueError(f"{row.name} needs {', '.join(missing)}; got {dict(spec)}")
+    return target(**arguments)
+
+
+def load(row: Row) -> Any:
+    """The row's class, imported now."""
+    module, _, name = row.target.partition(":")
+    return getattr(import_module(f"writehead.{module}"), name)
+
+
+def argument(table: Mapping[str, Row], spec: Spec, key: str) -> Any:
+    """The value that `build` would give the constructor's argument `key`, or None if it takes none."""
+    row = find(table, spec)
+    parameters = inspect.signature(load(row)).parameters
+    if key not in parameters:
+        return None
+    default = parameters[key].default
+    return spec.get(key, row.preset.get(key, None if default is inspect.Parameter.empty else default))
+
+
+def _check_type(name: str, value: Any, annotation: Any) -> None:
+    """Raise if a plain annotation (int, float | None, str, ...) rules the value out; others are the
+    constructor's."""
+    kinds = get_args(annotation) or (annotation,)
+    if not all(isinstance(kind, type) for kind in kinds) or (isinstance(value, bool) and bool in kinds):
+        return
+    accepted = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, accepted) or isinstance(value, bool):
+        words = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be {words}; got {value!r}")
+
+
+def find(table: Mapping[str, Row], spec: Spec | str) -> Row:
+    """The row that a spec or a name speaks of.
+
+    Raises:
+        ValueError: no such row.
+    """
+    name = spec if isinstance(spec, str) else spec.get("name")
+    if not isinstance(name, str):
+        raise ValueError(f"a spec needs a name; got {spec!r} (accepted: {', '.join(sorted(table))})")
+    family = next(iter(table.values())).family
+    check_choice(f"name ({family})" if table is not MIXERS else "system", name, table)
+    return table[name]

@@ -1,0 +1,328 @@
+"""The key/value cache: keys, values and the position of each slot, under one write rule.
+
+Position p lives in slot p while p < lead, and in slot lead + (p - lead) mod (window + slack) after that. With
+the reach of a pattern this gives a growing cache (Causal has no window), a ring (Window) and a ring behind
+sinks (Window | Leading). Ragged rows, padding and rewinding need no rule of their own: every slot knows its
+position.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from writehead.core.pattern import Reach
+from writehead.core.positions import Positions
+from writehead.core.state import CannotRewind, Node, Once, State
+
+SMALLEST = 16  # slots of the first allocation
+STORED = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """How caches are kept.
+
+    Attributes:
+        capacity: tokens to make room for at once; beyond it a cache doubles.
+        slack: tokens that a ring keeps beyond its window, so that `rewind` may take back as many.
+        dtype: None = as computed; a float type, or int8 with a scale for each slot and head.
+    """
+
+    capacity: int = 0
+    slack: int = 0
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.capacity < 0 or self.slack < 0:
+            raise ValueError(f"capacity={self.capacity} and slack={self.slack} must be at least 0")
+        if self.dtype not in STORED:
+            raise ValueError(
+                f"cache dtype {self.dtype} is not accepted; use one of {', '.join(map(str, STORED))}"
+            )
+
+
+class Layout(NamedTuple):
+    """Which slot a position takes, and how many slots there are."""
+
+    lead: int
+    window: int | None
+    slack: int
+
+    @classmethod
+    def of(cls, reach: Reach, store: "Store") -> "Layout":
+        """The layout that keeps what the pattern's reach says, and the store's slack."""
+        return cls(0, None, 0) if reach.window is None else cls(reach.lead, reach.window, store.slack)
+
+    @property
+    def limit(self) -> int | None:
+        """The most slots a row can fill; None = as many as tokens."""
+        return None if self.window is None else self.lead + self.window + self.slack
+
+    def slot(self, pos: Tensor) -> Tensor:
+        """The slot of each position >= 0."""
+        if self.window is None:
+            return pos
+        return torch.where(pos < self.lead, pos, self.lead + (pos - self.lead) % (self.window + self.slack))
+
+    def slots(self, context: int, capacity: int = 0) -> int:
+        """Slots allocated once `context` tokens were written to a cache created with `capacity`."""
+        limit = context + capacity if self.limit is None else self.limit
+        first, used = min(capacity, limit), min(context, limit)
+        if used <= first:
+            return first
+        grown = max(SMALLEST, 1 << (used - 1).bit_length())
+        return grown if self.limit is None else min(grown, self.limit)
+
+
+class Keys(NamedTuple):
+    """What one call of attention reads."""
+
+    k: Tensor  # (B, S, G, D)
+    v: Tensor  # (B, S, G, D)
+    pos: Tensor  # (B, S), -1 = nothing there
+
+
+class Plan(NamedTuple):
+    """Where the tokens of one call go; computed once for all layers with the same layout."""
+
+    pos: Tensor  # (B, S) the slots' positions after the write
+    seen: Tensor  # (B, used), its part in use
+    used: int
+    run: tuple[int, int] | None  # the slots, if every row fills the same run of them
+    at: tuple[Tensor, Tensor, Tensor] | None  # else row, token and slot of each token to store
+
+
+@dataclass(frozen=True)
+class KV(Node):
+    """Keys and values with the position of each slot.
+
+    Attributes:
+        k, v: (B, G, S, D), G before S so that a head's slots lie together; with int8, their data.
+        pos: (B, S) int64, -1 = empty; layers with equal layouts share it.
+        layout: which slot a position takes.
+        used: from this slot on every row is empty.
+        scales: none, or with int8 those of k and v, (B, G, S, 1) float32.
+    """
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    layout: Layout
+    used: int = 0
+    scales: tuple[Tensor, Tensor] | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (self.k, self.v, self.pos, *(self.scales or ()))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "KV":
+        scales = self.scales and (function(self.scales[0]), function(self.scales[1]))
+        return replace(self, k=function(self.k), v=function(self.v), pos=function(self.pos), scales=scales)
+
+    def join(self, other: Node, once: Once) -> "KV":
+        assert isinstance(other, KV)
+        if self.layout != other.layout or (self.scales is None) != (other.scales is None):
+            raise ValueError(f"cannot join caches of different kinds: {self.layout} and {other.layout}")
+        slots = max(self.pos.shape[1], other.pos.shape[1])
+        a, b = _resize(self, slots), _resize(other, slots)
+        scales = None
+        if a.scales is not None and b.scales is not None:
+            scales = (torch.cat([a.scales[0], b.scales[0]]), torch.cat([a.scales[1], b.scales[1]]))
+        pos = once(_join_pos, self.pos, other.pos)
+        used = max(self.used, other.used)
+        return KV(torch.cat([a.k, b.k]), torch.cat([a.v, b.v]), pos, self.layout, used, scales)
+
+    def rewind(self, n: Tensor, once: Once) -> "KV":
+        pos = once(_forget, self.pos, n, self.layout)
+        used = self.used if self.layout.window is not None else once(_top, pos)
+        return replace(self, pos=pos, used=used)
+
+
+def empty(batch: int, kv_heads: int, widths: tuple[int, int], reach: Reach, store: Store, like: Tensor) -> KV:
+    """A cache without tokens.
+
+    Args:
+        batch: rows.
+        kv_heads: heads of keys and values.
+        widths: head width of keys, of values.
+        reach: what later queries need (`Pattern.reach`).
+        store: capacity, slack and storage type.
+        like: a tensor of the computation's type and device.
+    """
+    layout = Layout.of(reach, store)
+    slots = layout.slots(0, store.capacity)
+    dtype = store.dtype or like.dtype
+    k, v = (like.new_zeros(batch, kv_heads, slots, width, dtype=dtype) for width in widths)
+    scales = None
+    if dtype == torch.int8:
+        scale = like.new_zeros(batch, kv_heads, slots, 1, dtype=torch.float32)
+        scales = (scale, scale.clone())
+    return KV(k, v, like.new_full((batch, slots), -1, dtype=torch.int64), layout, 0, scales)
+
+
+def share_positions(states: Sequence[State]) -> list[State]:
+    """Let empty caches of equal layout hold one position tensor, so that a step plans once for all of
+    them."""
+    first: dict[tuple[Layout, torch.Size], Tensor] = {}
+    return [
+        replace(s, pos=first.setdefault((s.layout, s.pos.shape), s.pos)) if isinstance(s, KV) else s
+        for s in states
+    ]
+
+
+def append(kv: KV, k: Tensor, v: Tensor, pos: Positions) -> tuple[KV, Keys]:
+    """Store the keys and values of T new tokens and give what their queries may read.
+
+    Without autograd the cache is written in place: `kv` is consumed.
+
+    Args:
+        kv: the past.
+        k, v: (B, T, G, D), new keys and values in the type of the computation.
+        pos: where the tokens stand; padding is not stored.
+
+    Returns:
+        The cache after the tokens, and keys and values of past and new tokens as they are stored.
+    """
+    plan = pos.once(_plan, pos, kv.pos, kv.used, kv.layout)
+    new, dtype = [_encode(t.transpose(1, 2), kv) for t in (k, v)], k.dtype
+    if kv.used == 0:
+        k, v = (_decode(*t, dtype).transpose(1, 2) for t in new)
+        keys = Keys(k, v, pos.index)
+    elif kv.layout.window is not None and k.shape[1] - 1 > kv.layout.slack:
+        # a later token of this call may take the slot of a key that an earlier one still reads
+        past = _read(kv, pos.once(_narrow, kv.pos, kv.used), dtype)
+        k, v = (_decode(*t, dtype).transpose(1, 2) for t in new)
+        both = pos.once(_cat_pos, past.pos, pos.index)
+        keys = Keys(torch.cat([past.k, k], 1), torch.cat([past.v, v], 1), both)
+    else:
+        kv = _write(kv, plan, new)
+        return kv, _read(kv, plan.seen, dtype)
+    return _write(kv, plan, new), keys
+
+
+def state_bytes(batch: int, slots: int, kv_heads: int, widths: tuple[int, int], itemsize: int) -> int:
+    """Bytes of a cache with that many slots; itemsize 1 is int8 with its scales."""
+    per_head = sum(widths) * itemsize + (8 if itemsize == 1 else 0)
+    return batch * slots * (kv_heads * per_head + 8)
+
+
+def _plan(pos: Positions, kept: Tensor, used: int, layout: Layout) -> Plan:
+    index, T, start = pos.index, pos.index.shape[1], pos.start
+    run, at = None, None
+    if start is not None:
+        first, last = (int(layout.slot(torch.tensor(p))) for p in (start, start + T - 1))
+        run = (first, last + 1) if last - first == T - 1 else None
+    if run is not None:
+        top = run[1]
+    else:
+        stays = index >= 0
+        if layout.window is not None:
+            newest = index.amax(1, keepdim=True)
+            stays &= (index < layout.lead) | (index > newest - layout.window - layout.slack)
+        row, token = stays.nonzero(as_tuple=True)
+        at = (row, token, layout.slot(index)[row, token])
+        top = int(at[2].max()) + 1 if len(row) else 0
+    used = max(used, top)
+    have = kept.shape[1]
+    after = F.pad(kept, (0, layout.slots(used) - have), value=-1) if used > have else kept.clone()
+    if run is not None:
+        after[:, run[0] : run[1]] = index
+    elif at is not None:
+        after[at[0], at[2]] = index[at[0], at[1]]
+    return Plan(after, after[:, :used], used, run, at)
+
+
+def _write(kv: KV, plan: Plan, new: list[tuple[Tensor, Tensor | None]]) -> KV:
+    kv = _resize(kv, plan.pos.shape[1])
+    (k, k_scale), (v, v_scale) = new
+    scales = kv.scales
+    if scales is not None and k_scale is not None and v_scale is not None:
+        scales = (_put(scales[0], k_scale, plan), _put(scales[1], v_scale, plan))
+    return KV(_put(kv.k, k, plan), _put(kv.v, v, plan), plan.pos, kv.layout, plan.used, scales)
+
+
+def _put(old: Tensor, new: Tensor, plan: Plan) -> Tensor:
+    """old (B, G, S, D), new (B, G, T, D): in place unless autograd needs what was there."""
+    graph = torch.is_grad_enabled() and (old.requires_grad or new.requires_grad)
+    if plan.run is not None:
+        a, b = plan.run
+        if graph:
+            return old.slice_scatter(new, 2, a, b)
+        old[:, :, a:b] = new
+        return old
+    assert plan.at is not None
+    row, token, slot = plan.at
+    values = new.transpose(1, 2)[row, token]
+    flat = old.transpose(1, 2)
+    if graph:
+        return flat.index_put((row, slot), values).transpose(1, 2)
+    flat[row, slot] = values
+    return old
+
+
+def _read(kv: KV, pos: Tensor, dtype: torch.dtype) -> Keys:
+    scales = kv.scales or (None, None)
+    k, v = (
+        _decode(t[:, :, : kv.used], None if s is None else s[:, :, : kv.used], dtype).transpose(1, 2)
+        for t, s in zip((kv.k, kv.v), scales, strict=True)
+    )
+    return Keys(k, v, pos)
+
+
+def _encode(t: Tensor, kv: KV) -> tuple[Tensor, Tensor | None]:
+    """The stored form of t (B, G, T, D)."""
+    if kv.scales is None:
+        return t.to(kv.k.dtype), None
+    scale = t.detach().abs().amax(-1, keepdim=True).float() / 127
+    return (t / scale.clamp_min(1e-30).to(t)).round().to(torch.int8), scale
+
+
+def _decode(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if scale is None else t.to(dtype) * scale.to(dtype)
+
+
+def _resize(kv: KV, slots: int) -> KV:
+    more = slots - kv.pos.shape[1]
+    if more == 0:
+        return kv
+    k, v, *scales = (F.pad(t, (0, 0, 0, more)) for t in (kv.k, kv.v, *(kv.scales or ())))
+    return replace(kv, k=k, v=v, scales=(scales[0], scales[1]) if scales else None)
+
+
+def _narrow(t: Tensor, used: int) -> Tensor:
+    return t[:, :used]
+
+
+def _cat_pos(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a, b], 1)
+
+
+def _join_pos(a: Tensor, b: Tensor) -> Tensor:
+    slots = max(a.shape[1], b.shape[1])
+    return torch.cat([F.pad(t, (0, slots - t.shape[1]), value=-1) for t in (a, b)])
+
+
+def _top(pos: Tensor) -> int:
+    return int(pos.max()) + 1 if pos.numel() else 0
+
+
+def _forget(pos: Tensor, n: Tensor, layout: Layout) -> Tensor:
+    have = pos.amax(1) + 1 if pos.shape[1] else torch.zeros_like(n)
+    keep = have - n
+    if bool((keep < 0).any()):
+        raise ValueError(f"cannot take back {n.tolist()} tokens of rows that hold {have.tolist()}")
+    if layout.window is not None:
+        oldest = (keep - layout.window + 1).clamp_min(0)  # what the next query reads must still be there
+        oldest = torch.where(
+            oldest < layout.lead, torch.minimum(keep, torch.full_like(keep, layout.lead)), oldest
+        )
+        there = ((pos >= oldest[:, None]) & (pos < keep[:, None])).sum(1)
+        if bool((there < keep - oldest).any()):
+            raise CannotRewind(
+                f"a ring of window {layout.window} and slack {layout.slack} can take back {layout.slack} "
+                f"tokens, not {int(n.max())}; create its state with Store(slack={int(n.max())})"
+            )
+    return torch.where(pos < keep[:, None], pos, -1)

@@ -1,0 +1,80 @@
+"""Head sharing: one projection to H query heads and G key/value heads, each head D wide."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from writehead.core.shapes import check_multiple
+
+
+class QKV(nn.Module):
+    """Queries, keys and values in one matrix product.
+
+    G = H is multi-head, 1 < G < H grouped-query, G = 1 multi-query attention ("one write-head"). Query head h
+    reads key/value head h // (H / G).
+
+    Attributes:
+        weight: rows of all query heads, then all key heads, then all value heads: ((H + 2 G) D, X).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        norm_eps: float | None = None,
+    ) -> None:
+        """Make the projection.
+
+        Args:
+            dim: width X of the input.
+            heads: query heads H.
+            kv_heads: key/value heads G; default H.
+            head_dim: width D of a head; default dim / heads.
+            bias: add a bias to queries, keys and values.
+            norm_eps: with a number, RMS-normalise each query and key head.
+
+        Raises:
+            ValueError: the heads do not divide as needed.
+        """
+        super().__init__()
+        self.heads, self.kv_heads = heads, heads if kv_heads is None else kv_heads
+        check_multiple("heads", heads, "kv_heads", self.kv_heads)
+        if head_dim is None:
+            check_multiple("dim", dim, "heads", heads)
+        self.head_dim = head_dim or dim // heads
+        rows = (heads + 2 * self.kv_heads) * self.head_dim
+        self.weight = nn.Parameter(torch.empty(rows, dim))
+        self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
+        nn.init.normal_(self.weight, std=dim**-0.5)
+        self.q_norm = nn.RMSNorm(self.head_dim, norm_eps) if norm_eps is not None else None
+        self.k_norm = nn.RMSNorm(self.head_dim, norm_eps) if norm_eps is not None else None
+
+    def forward(self, x: Tensor, infused: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Project.
+
+        Args:
+            x: (B, T, X).
+            infused: what queries and keys are made of where that differs from x (position-infused attention).
+
+        Returns:
+            Queries and keys side by side (B, T, H + G, D), so that one operation can rotate both, and values
+            (B, T, G, D).
+        """
+        qk, v = (self.heads + self.kv_heads) * self.head_dim, self.kv_heads * self.head_dim
+        if infused is None:
+            qk_heads, v_heads = F.linear(x, self.weight, self.bias).split([qk, v], -1)
+        else:
+            bias = (None, None) if self.bias is None else self.bias.split([qk, v])
+            weight = self.weight.split([qk, v])
+            qk_heads, v_heads = F.linear(infused, weight[0], bias[0]), F.linear(x, weight[1], bias[1])
+        qk_heads, v_heads = (
+            qk_heads.unflatten(-1, (-1, self.head_dim)),
+            v_heads.unflatten(-1, (-1, self.head_dim)),
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk_heads.split([self.heads, self.kv_heads], 2)
+            qk_heads = torch.cat([self.q_norm(q), self.k_norm(k)], 2)
+        return qk_heads, v_heads

@@ -1,0 +1,173 @@
+"""Softmax attention with any head sharing, any pattern and any position scheme.
+
+Paper     Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need", arXiv:1911.02150
+          (kv_heads = 1); Ainslie et al. 2023, "GQA", arXiv:2305.13245; Vaswani et al. 2017, arXiv:1706.03762
+          (kv_heads = heads)
+Equation  y_t = sum_s softmax_s(scale q_t.k_s + bias(t, s)) v_s over the keys s that the pattern allows
+State     keys and values of the tokens that later ones may read: 2 G D values and a position a slot
+          (core/cache.py)
+Cost      whole sequence O(T^2 H D); one token O(S H D) operations over S G D * 2 cached values
+Decodes   exactly: a decode step is the same call with T = 1
+Differs   scores are scaled by D^-1/2 (the 2019 paper folds that into the initialiser); scale=1 gives its
+          convention
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from writehead.core.cache import KV, Keys, Layout, Store, append, empty, state_bytes
+from writehead.core.heads import QKV
+from writehead.core.pattern import Causal, Pattern, from_spec
+from writehead.core.positions import Positions
+from writehead.core.shapes import check_choice, check_shape
+from writehead.core.work import Call, Work, products, scores, values
+from writehead.mixer import NOTHING, Aux
+from writehead.ops.attend import attend
+from writehead.positions.base import NoPosition, Scheme, has
+
+SCORES = 1 << 20  # a masked or biased call goes over its queries in pieces of about so many scores a head
+
+
+class Softmax(nn.Module):
+    """Self-attention: project, position, remember, attend, project."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: str = "none",
+        qk_norm: float | None = None,
+        pattern: Pattern | Mapping[str, Any] = Causal(),
+        scale: float | None = None,
+        position: Scheme | None = None,
+    ) -> None:
+        """Make the mixer.
+
+        Args:
+            dim: width X.
+            heads: query heads H.
+            kv_heads: key/value heads G, a divisor of H; default H. 1 is multi-query attention.
+            head_dim: width D of a head; default dim / heads.
+            bias: which projections have one: "none", "qkv" or "all".
+            qk_norm: with an epsilon, RMS-normalise query and key heads.
+            pattern: who may read whom; a non-causal one makes the mixer an encoder's.
+            scale: factor on the scores; default head_dim ** -0.5.
+            position: the model's position scheme.
+
+        Raises:
+            ValueError: numbers of heads that do not divide, or a pattern for another number of heads.
+        """
+        super().__init__()
+        check_choice("bias", bias, ("none", "qkv", "all"))
+        self.pattern = from_spec(pattern)
+        if self.pattern.heads not in (None, heads):
+            raise ValueError(f"the pattern is for {self.pattern.heads} heads, the mixer has heads={heads}")
+        self.qkv = QKV(dim, heads, kv_heads, head_dim, bias != "none", qk_norm)
+        self.out = nn.Linear(heads * self.qkv.head_dim, dim, bias=bias == "all")
+        self.scale = self.qkv.head_dim**-0.5 if scale is None else scale
+        self.position = NoPosition() if position is None else position
+        self.biased = has(self.position, "bias")
+
+    def init_state(self, batch: int, like: Tensor, store: Store = Store()) -> KV:
+        widths = (self.qkv.head_dim, self.qkv.head_dim)
+        return empty(batch, self.qkv.kv_heads, widths, self.pattern.reach, store, like)
+
+    def state_bytes(self, batch: int, context: int, itemsize: int, store: Store = Store()) -> int:
+        slots = Layout.of(self.pattern.reach, store).slots(context, store.capacity)
+        size = itemsize if store.dtype is None else store.dtype.itemsize
+        return state_bytes(batch, slots, self.qkv.kv_heads, (self.qkv.head_dim, self.qkv.head_dim), size)
+
+    def work(self, call: Call) -> Work:
+        D, slot = self.qkv.head_dim, call.batch * call.slot_bytes(self.qkv.kv_heads, 2 * self.qkv.head_dim)
+        limit = Layout.of(self.pattern.reach, call.store).limit
+        past, new = (n if limit is None else min(n, limit) for n in (call.context, call.tokens))
+        return Work(
+            flops=2 * call.rows * products(self.qkv, self.out)
+            + 2 * 2 * D * scores(self.pattern, self.qkv.heads, call),
+            weights=values(self.qkv, self.out),
+            state_read=past * slot,
+            state_written=new * slot,
+        )
+
+    def forward(self, x: Tensor, pos: Positions, state: KV | None = None) -> tuple[Tensor, KV, Aux]:
+        if not self.pattern.causal:
+            raise ValueError(
+                f"pattern {self.pattern} reads keys after the query, so it cannot decode: use encode"
+            )
+        q, k, v = self._project(x, pos)
+        state, keys = append(self.init_state(len(x), x) if state is None else state, k, v, pos)
+        return self.out(self._attend(q, keys, pos).flatten(2)), state, NOTHING
+
+    def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
+        q, k, v = self._project(x, pos)
+        y = self._attend(q, Keys(k, v, pos.index), pos)
+        return self.out(y.flatten(2)), NOTHING
+
+    def _project(self, x: Tensor, pos: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        check_shape("x", x, "B T X", B=pos.index.shape[0], T=pos.index.shape[1], X=self.qkv.weight.shape[1])
+        self.position.check_context(pos)
+        heads, v = self.qkv(x, self.position.infuse(x, pos))
+        q, k = self.position.rotate(heads, pos).split([self.qkv.heads, self.qkv.kv_heads], 2)
+        return q, k, v
+
+    def _attend(self, q: Tensor, keys: Keys, pos: Positions) -> Tensor:
+        if not self.biased and pos.once(_triangle, pos, keys.pos, self.pattern):
+            return attend(q, keys.k, keys.v, causal=True, scale=self.scale)[0]
+        pieces = []
+        for view in pos.once(_views, pos.index, keys.pos, self.pattern):
+            t, s = slice(*view.queries), slice(*view.keys)
+            bias = pos.once(self.position.bias, view.q, view.k, q.dtype) if self.biased else None
+            pieces.append(
+                attend(q[:, t], keys.k[:, s], keys.v[:, s], mask=view.mask, bias=bias, scale=self.scale)[0]
+            )
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+class View(NamedTuple):
+    """A run of queries and the run of keys that some of them read."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    q: Tensor  # (B, T) positions
+    k: Tensor  # (B, S) positions
+    mask: Tensor | None  # None = all read all
+
+
+def _triangle(pos: Positions, k_pos: Tensor, pattern: Pattern) -> bool:
+    """Are the keys the new tokens themselves, in order, each reading itself and those before?"""
+    return pattern == Causal() and k_pos is pos.index and (pos.start is not None or pos.in_place)
+
+
+def _views(q_pos: Tensor, k_pos: Tensor, pattern: Pattern) -> list[View]:
+    """The pieces in which a call goes over its queries; masks are made once and shared by the layers."""
+    return list(_pieces(q_pos, k_pos, pattern))
+
+
+def _pieces(q_pos: Tensor, k_pos: Tensor, pattern: Pattern) -> Iterator[View]:
+    T, S = q_pos.shape[1], k_pos.shape[1]
+    rows = max(16, SCORES // max(S, 1))
+    for first in range(0, T, rows):
+        last = min(T, first + rows)
+        q = q_pos[:, first:last]
+        a, b = (0, S) if rows >= T else _readable(q, k_pos, pattern)
+        k = k_pos[:, a:b]
+        mask = pattern.mask(q, k)
+        yield View((first, last), (a, b), q, k, None if bool(mask.all()) else mask)
+
+
+def _readable(q: Tensor, k_pos: Tensor, pattern: Pattern) -> tuple[int, int]:
+    """The run of slots outside of which no query of q reads."""
+    real = q[q >= 0]
+    if not len(real):
+        return 0, 0
+    keep = (k_pos >= 0) & pattern.needed(k_pos, real.min())
+    if pattern.causal:
+        keep &= k_pos <= real.max()
+    slots = keep.any(0).nonzero()
+    return (int(slots[0]), int(slots[-1]) + 1) if len(slots) else (0, 0)

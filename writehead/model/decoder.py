@@ -1,0 +1,120 @@
+"""A causal language model: tokens in, logits out, one call for training, prefill and decoding."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from writehead.config import ModelConfig
+from writehead.core.cache import Store, share_positions
+from writehead.core.positions import advance
+from writehead.core.shapes import check_shape
+from writehead.core.state import Node, Once, State, apply, join, rewind, select, tensors
+from writehead.mixer import Aux
+from writehead.model.parts import Embedding, build_position, build_stack
+
+
+@dataclass(frozen=True)
+class DecodeState(Node):
+    """What a decoder remembers of B rows.
+
+    Attributes:
+        pos: (B,) the position of each row's next token.
+        layers: for each layer the mixer's state and the memory that its cross-attention reads (or None).
+    """
+
+    pos: Tensor
+    layers: tuple[tuple[State, State], ...]
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield self.pos
+        yield from tensors(self.layers)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "DecodeState":
+        return DecodeState(function(self.pos), apply(self.layers, function))
+
+    def select(self, index: Tensor, once: Once) -> "DecodeState":
+        return DecodeState(self.pos[index], select(self.layers, index, once))
+
+    def join(self, other: Node, once: Once) -> "DecodeState":
+        assert isinstance(other, DecodeState)
+        return DecodeState(torch.cat([self.pos, other.pos]), join(self.layers, other.layers, once))
+
+    def rewind(self, n: Tensor, once: Once) -> "DecodeState":
+        return DecodeState(self.pos - n, rewind(self.layers, n, once))
+
+
+class Decoder(nn.Module):
+    """The model that a config of kind "decoder" describes (or the decoding half of a "seq2seq" one)."""
+
+    def __init__(self, config: ModelConfig, table: nn.Parameter | None = None) -> None:
+        """Make the model with fresh weights; `table` shares an encoder's embeddings.
+
+        Raises:
+            ValueError: a config whose parts do not fit together.
+        """
+        super().__init__()
+        if config.kind == "encoder":
+            raise ValueError("this config describes an encoder; build it with Encoder")
+        self.config = config
+        position = build_position(config)
+        self.embedding = Embedding(config, position, table)
+        self.stack = build_stack(config, position)
+
+    def init_state(
+        self,
+        batch: int,
+        store: Store = Store(),
+        memories: tuple[State, ...] | None = None,
+    ) -> DecodeState:
+        """The empty past.
+
+        Args:
+            batch: rows B.
+            store: how caches are kept.
+            memories: what each layer's cross-attention reads.
+        """
+        like = self.embedding.table
+        own = share_positions([block.mixer.init_state(batch, like, store) for block in self.blocks])
+        pos = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        return DecodeState(pos, tuple(zip(own, memories or (None,) * len(own), strict=True)))
+
+    @property
+    def blocks(self) -> Iterator[Any]:
+        """The layers."""
+        yield from self.stack.blocks  # type: ignore[misc]
+
+    def hidden(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState, Aux]:
+        """Take T new tokens into the state.
+
+        Args:
+            tokens: (B, T) ids, -1 = padding anywhere in a row.
+            state: the past; consumed.
+
+        Returns:
+            The last layer's output (B, T, X) for `logits`, the state after the tokens, auxiliary values.
+
+        Raises:
+            ValueError: a shape, token or position that the model does not have.
+        """
+        check_shape("tokens", tokens, "B T", B=len(state.pos))
+        pos, after = advance(tokens, state.pos)
+        x, layers, aux = self.stack(self.embedding(tokens, pos), pos, state.layers)
+        return x, DecodeState(after, layers), aux
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The last layer's output (..., X) -> (..., V)."""
+        return self.embedding.logits(x)
+
+    def step(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
+        """tokens (B, T), -1 = padding -> logits (B, T, V) and the state after them; `state` is consumed."""
+        x, state, _ = self.hidden(tokens, state)
+        return self.logits(x), state
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Aux]:
+        """Training and scoring: tokens (B, T) -> logits (B, T, V) and auxiliary values, from the empty
+        past."""
+        x, _, aux = self.hidden(tokens, self.init_state(len(tokens)))
+        return self.logits(x), aux

@@ -1,0 +1,131 @@
+"""What decoders and encoders are made of, built from a config; combinations that cannot work end here with a
+sentence."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from writehead.catalog import FEEDFORWARDS, MIXERS, POSITIONS, STACKS, argument, build, find, load
+from writehead.config import ModelConfig
+from writehead.core.positions import Positions
+from writehead.positions.base import Scheme, has
+
+
+class Embedding(nn.Module):
+    """Token ids to vectors and back: the table, its scale, its norm, its positions, and the output matrix."""
+
+    def __init__(self, config: ModelConfig, position: Scheme, table: nn.Parameter | None = None) -> None:
+        """Make it; `table` (V, X) shares another's."""
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(config.vocab, config.dim)) if table is None else table
+        if table is None:
+            nn.init.normal_(self.table, std=0.02)
+        self.norm = nn.LayerNorm(config.dim) if config.embed_norm else None
+        self.position = position
+        self.output = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab, config.dim))
+        if self.output is not None:
+            nn.init.normal_(self.output, std=config.dim**-0.5)
+        self.bias = nn.Parameter(torch.zeros(config.vocab)) if config.head_bias else None
+        self.scale, self.logit_scale = config.embed_scale, config.logit_scale
+
+    def forward(self, tokens: Tensor, pos: Positions) -> Tensor:
+        """tokens (B, T), -1 = padding -> (B, T, X).
+
+        Raises:
+            ValueError: a token that the vocabulary does not have.
+        """
+        last = int(tokens.max())
+        if last >= len(self.table):
+            raise ValueError(
+                f"token {last} is not in the vocabulary of {len(self.table)} (0 to {len(self.table) - 1})"
+            )
+        x = F.embedding(tokens.clamp_min(0), self.table)
+        if self.scale != 1:
+            x = x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+        if self.norm is not None:
+            x = self.norm(x)
+        places = self.position.embed(pos, x.dtype)
+        return x if places is None else x + places
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (..., X) -> (..., V)."""
+        if self.logit_scale != 1:
+            x = x * self.logit_scale
+        return F.linear(x, self.table if self.output is None else self.output, self.bias)
+
+
+def build_position(config: ModelConfig) -> Scheme:
+    """The model's position scheme, which its layers share.
+
+    Raises:
+        ValueError: a scheme that the config's mixers cannot serve.
+    """
+    row = find(POSITIONS, config.position)
+    mixers = [config.layer("mixer", i) for i in range(config.depth)]
+    context: dict[str, Any] = {"dim": config.dim, "bidirectional": config.kind == "encoder"}
+    for key in {"heads", "head_dim"} & set(inspect.signature(load(row)).parameters):
+        values = {_heads_of(config, spec)[key] for spec in mixers}
+        if len(values) > 1 or None in values:
+            found = ", ".join(sorted(map(str, values)))
+            raise ValueError(f"{row.name} positions need one {key} for all layers; the mixers have {found}")
+        context[key] = values.pop()
+    scheme: Scheme = build(POSITIONS, config.position, **context)
+    if any(has(scheme, method) for method in ("infuse", "rotate", "bias")):
+        for spec in mixers:
+            mixer = find(MIXERS, spec)
+            if "position" not in inspect.signature(load(mixer)).parameters:
+                raise ValueError(
+                    f"{row.name} positions act on queries and keys, but mixer {mixer.name!r} takes no "
+                    "position scheme; use sinusoidal, learned or none"
+                )
+    if config.kind == "encoder" and row.name == "none":
+        raise ValueError(
+            "an encoder without positions cannot tell the order of its tokens; "
+            f"use one of {', '.join(name for name in POSITIONS if name != 'none')}"
+        )
+    return scheme
+
+
+def build_stack(config: ModelConfig, position: Scheme) -> nn.Module:
+    """The layers between embedding and output.
+
+    Raises:
+        ValueError: a mixer that cannot decode in a decoder or cannot encode in an encoder.
+    """
+    layers = []
+    for index in range(config.depth):
+        spec = config.layer("mixer", index)
+        row = find(MIXERS, spec)
+        if row.target.startswith("mixers.cross:"):
+            raise ValueError(
+                "cross-attention reads an encoder: give it as `cross` of a seq2seq config, not as a mixer"
+            )
+        mixer = build(MIXERS, spec, dim=config.dim, position=position)
+        causal = getattr(mixer, "pattern", None) is None or mixer.pattern.causal
+        if config.kind == "encoder" and not hasattr(mixer, "encode"):
+            raise ValueError(f"mixer {row.name!r} has no bidirectional form; it serves decoders only")
+        if config.kind != "encoder" and (not hasattr(mixer, "init_state") or not causal):
+            raise ValueError(
+                f"mixer {row.name!r} reads tokens after the query, so it cannot decode; it serves encoders"
+            )
+        feedforward = build(FEEDFORWARDS, config.layer("feedforward", index), dim=config.dim)
+        cross = None if config.cross is None else build(MIXERS, config.cross, dim=config.dim)
+        layers.append((mixer, feedforward, cross))
+    stack: nn.Module = build(STACKS, config.stack, dim=config.dim, layers=layers)
+    return stack
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and saved buffer by name, one that several modules share only once."""
+    kept = set(model.state_dict(keep_vars=True))
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if name in kept}
+
+
+def _heads_of(config: ModelConfig, spec: Any) -> dict[str, Any]:
+    heads = argument(MIXERS, spec, "heads")
+    head_dim = argument(MIXERS, spec, "head_dim")
+    return {"heads": heads, "head_dim": head_dim or (config.dim // heads if heads else None)}

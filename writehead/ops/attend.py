@@ -1,0 +1,151 @@
+"""Softmax attention, the one implementation: queries against keys and values whose heads are never expanded.
+
+Every call gives (y, lse). The log-sum-exp lets disjoint sets of keys be merged exactly (`merge`), which is
+how keys are split over threads and how caches are read block by block. A query that may read nothing has y =
+0, lse = -inf.
+
+Queries of a group share a key/value head by becoming rows of its matrix product: a product of X = H / G rows
+for each new token instead of X copies of the cache.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from writehead.core.shapes import check_multiple, check_shape
+
+FOLD = (
+    64  # up to so many rows the queries of a group are one product even where a mask must be repeated for it
+)
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    exact: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + bias) v, over the keys that the mask lets through.
+
+    Args:
+        q: (B, T, H, D).
+        k, v: (B, S, G, D) and (B, S, G, E), G a divisor of H.
+        mask: bool, broadcasts to (B, H, T, S), True = may read.
+        bias: broadcasts to (B, H, T, S), added to the scaled scores.
+        causal: query t reads keys up to S - T + t; needs S >= T.
+        scale: default D ** -0.5.
+        exact: take the plain path, whose lse has a gradient; the fused one gives lse without.
+
+    Returns:
+        y (B, T, H, E) in q's type, and lse (B, T, H).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    B, T, H, D = q.shape
+    S, G = k.shape[1:3]
+    check_shape("k", k, "B S G D", B=B, D=D)
+    check_shape("v", v, "B S G E", B=B, S=S, G=G)
+    check_multiple("heads", H, "kv_heads", G)
+    if causal and S < T:
+        raise ValueError(f"causal attention needs at least as many keys as queries; got T={T}, S={S}")
+    scale = D**-0.5 if scale is None else scale
+    if S == 0:
+        return q.new_zeros(B, T, H, v.shape[-1]), q.new_full((B, T, H), -torch.inf)
+    plain = exact or q.device.type != "cpu" or v.shape[-1] != D or (bias is not None and bias.requires_grad)
+    if plain:
+        return _exact(q, k, v, _additive(mask, bias, causal, q, S), scale)
+    X = H // G
+    if X == 1 or (X * T > FOLD and (causal or mask is not None or bias is not None)):
+        return _each_member(q, k, v, mask, bias, causal, scale)
+    return _folded(q, k, v, _additive(mask, bias, causal, q, S), scale)
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over a union of disjoint key sets, from the (y, lse) of each.
+
+    Raises:
+        ValueError: gradients are wanted, but a part's lse carries none (`attend(..., exact=True)` does).
+    """
+    if torch.is_grad_enabled() and any(y.requires_grad and not lse.requires_grad for y, lse in parts):
+        raise ValueError("merging under autograd needs an lse with a gradient: call attend(..., exact=True)")
+    lses = torch.stack([lse for _, lse in parts])
+    lse = torch.logsumexp(lses, 0)
+    weights = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0))
+    y = sum(w[..., None] * part for w, (part, _) in zip(weights.to(parts[0][0].dtype), parts, strict=True))
+    assert isinstance(y, Tensor)
+    return y, lse
+
+
+def _additive(mask: Tensor | None, bias: Tensor | None, causal: bool, q: Tensor, S: int) -> Tensor | None:
+    """Everything that is added to the scores, (B or 1, H or 1, T, S), -inf where nothing may be read."""
+    if causal:
+        T = q.shape[1]
+        own = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        mask = own[None, None] if mask is None else mask & own
+    if mask is None:
+        return None if bias is None else bias.to(q.dtype)
+    base = torch.zeros((), dtype=q.dtype, device=q.device) if bias is None else bias.to(q.dtype)
+    return torch.where(mask, base, -torch.inf)
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    (B, T, H, D), G = q.shape, k.shape[2]
+    rows = q.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).reshape(B, G, -1, D)
+    scores = (rows @ k.permute(0, 2, 3, 1)).reshape(B, H, T, -1) * scale
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    scores = scores.to(wide) if added is None else scores.to(wide) + added.to(wide)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).to(v.dtype)
+    y = weights.reshape(B, G, -1, weights.shape[-1]) @ v.transpose(1, 2)
+    return y.reshape(B, H, T, -1).transpose(1, 2).to(q.dtype), lse.transpose(1, 2)
+
+
+def _folded(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """All queries that share a key/value head as the rows of one product."""
+    (B, T, H, D), G = q.shape, k.shape[2]
+    X = H // G
+    rows = q.unflatten(2, (G, X)).permute(0, 2, 3, 1, 4).reshape(B, G, X * T, D)
+    if added is not None:
+        R, A, _, S = added.shape
+        added = added.unflatten(1, (G, X)) if A == H else added[:, :, None].expand(R, A, X, T, S)
+        added = added.expand(-1, -1, X, T, S).reshape(R, -1, X * T, S)
+    y, lse = _flash(rows, k.transpose(1, 2), v.transpose(1, 2), added, False, scale)
+    return (
+        y.reshape(B, G, X, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D),
+        lse.reshape(B, G, X, T).permute(0, 3, 1, 2).reshape(B, T, H),
+    )
+
+
+def _each_member(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One call for each of the X queries of a group, so that a causal triangle need not become a mask."""
+    G, T, S = k.shape[2], q.shape[1], k.shape[1]
+    triangle = causal and T == S and mask is None and bias is None
+    added = None if triangle else _additive(mask, bias, causal, q, S)
+    keys, values = k.transpose(1, 2), v.transpose(1, 2)
+    parts = []
+    for x, member in enumerate(q.unflatten(2, (G, -1)).unbind(3)):
+        own = added if added is None or added.shape[1] == 1 else added.unflatten(1, (G, -1))[:, :, x]
+        parts.append(_flash(member.transpose(1, 2), keys, values, own, triangle, scale))
+    y, lse = (torch.stack([part[i] for part in parts], 2).flatten(1, 2) for i in (0, 1))
+    return y.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's fused CPU kernel, (B, heads, rows, D), with the lse of an empty row set right (it gives
+    0)."""
+    y, lse = flash(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
+    if added is not None:
+        lse = lse.masked_fill((added == -torch.inf).all(-1), -torch.inf)
+    return y, lse

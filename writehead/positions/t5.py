@@ -1,0 +1,64 @@
+"""T5 relative bias: distances fall into buckets, each bucket has a learned bias for each head.
+
+Paper     Raffel et al. 2019, "Exploring the Limits of Transfer Learning", arXiv:1910.10683
+Equation  score(q, k) = q.k + B[bucket(p_k - p_q), h]; T5 itself does not scale q.k (scale=1)
+State     none
+Cost      one lookup a score, K H parameters for K buckets
+Decodes   exactly, at any position
+Differs   bucket borders are computed with integers, so no device rounds them to another side
+"""
+
+import torch
+from torch import Tensor, nn
+
+from writehead.positions.base import Scheme
+
+
+def bucket_table(buckets: int, max_distance: int) -> list[int]:
+    """The bucket of each distance 0 .. max_distance on one side: exact ones first, then logarithmic ones."""
+    exact = buckets // 2
+    table = list(range(min(exact, max_distance + 1)))
+    for distance in range(exact, max_distance + 1):
+        # floor(ln(distance / exact) / ln(max_distance / exact) (buckets - exact)), as integers compared
+        steps = buckets - exact
+        j = 0
+        while j < steps and distance**steps * exact ** (j + 1) >= max_distance ** (j + 1) * exact**steps:
+            j += 1
+        table.append(min(buckets - 1, exact + j))
+    return table
+
+
+class T5Bias(Scheme):
+    """One table for all layers of a stack."""
+
+    def __init__(
+        self, heads: int, *, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False
+    ) -> None:
+        """Make the table.
+
+        Args:
+            heads: query heads H.
+            buckets: how many, half of them for each side if bidirectional.
+            max_distance: from here on all distances share the last bucket.
+            bidirectional: tell keys after the query from keys before it (encoders).
+        """
+        super().__init__()
+        side = buckets // 2 if bidirectional else buckets
+        if side < 2 or max_distance <= side // 2 or buckets % (2 if bidirectional else 1):
+            raise ValueError(
+                f"buckets={buckets}, max_distance={max_distance}: need an even number of buckets, at least "
+                f"{4 if bidirectional else 2}, and max_distance above {max(1, side // 2)}"
+            )
+        self.side, self.bidirectional = side, bidirectional
+        self.steps = bucket_table(side, max_distance)
+        self.table = nn.Parameter(torch.empty(buckets, heads))
+        nn.init.normal_(self.table, std=0.02)
+
+    def bias(self, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
+        steps = torch.tensor(self.steps, device=q.device)
+        ahead = k[:, None, :] - q[:, :, None]
+        distance = ahead.abs() if self.bidirectional else (-ahead).clamp_min(0)
+        bucket = steps[distance.clamp_max(len(steps) - 1)]
+        if self.bidirectional:
+            bucket = bucket + self.side * (ahead > 0)
+        return self.table[bucket].permute(0, 3, 1, 2).to(dtype)

@@ -1,0 +1,163 @@
+"""The residual stack: blocks of a mixer and a feed-forward layer, pre-norm, post-norm or side by side.
+
+Paper     Vaswani et al. 2017, arXiv:1706.03762 (post-norm); Xiong et al. 2020, arXiv:2002.04745 (pre-norm);
+          Wang, Komatsuzaki 2021, GPT-J (parallel)
+Equation  pre: x + f(norm(x)); post: norm(x + f(x)); parallel: x + mixer(norm(x)) + feedforward(norm'(x))
+State     the mixers' states, one a layer
+Cost      the layers'
+Decodes   as its mixers do
+Differs   nothing
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from writehead.core.positions import Positions
+from writehead.core.shapes import check_choice
+from writehead.core.state import State
+from writehead.mixer import NOTHING, Aux
+
+NORMS = ("rms", "layer", "layer_no_bias")
+
+
+class Block(nn.Module):
+    """One layer: a mixer, cross-attention if given, and a feed-forward layer, each with its norm."""
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        feedforward: nn.Module,
+        cross: nn.Module | None,
+        *,
+        order: str,
+        norm: str,
+        eps: float,
+        dropout: float,
+        one_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.mixer, self.feedforward, self.cross = mixer, feedforward, cross
+        self.order = order
+        self.mixer_norm = make_norm(norm, dim, eps)
+        self.cross_norm = None if cross is None else make_norm(norm, dim, eps)
+        self.feedforward_norm = None if one_norm else make_norm(norm, dim, eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, pos: Positions, state: tuple[State, State]
+    ) -> tuple[Tensor, tuple[State, State], Aux]:
+        """x (B, T, X) -> the same after this layer, the layer's state, auxiliary values."""
+        own, memory = state
+        if self.order == "parallel":
+            h = self.mixer_norm(x)
+            y, own, aux = self.mixer(h, pos, own)
+            z, more = self.feedforward(h if self.feedforward_norm is None else self.feedforward_norm(x))
+            return x + self.dropout(y + z), (own, memory), merge_aux(aux, more)
+        y, own, aux = self.mixer(self._before(self.mixer_norm, x), pos, own)
+        x = self._after(self.mixer_norm, x, y)
+        if self.cross is not None and self.cross_norm is not None:
+            y, memory, more = self.cross(self._before(self.cross_norm, x), pos, memory)
+            x, aux = self._after(self.cross_norm, x, y), merge_aux(aux, more)
+        return self._feed(x, (own, memory), aux)
+
+    def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
+        """The bidirectional form: no state."""
+        h = self._before(self.mixer_norm, x)
+        y, aux = self.mixer.encode(h, pos)  # type: ignore[operator]
+        if self.order == "parallel":
+            z, more = self.feedforward(h if self.feedforward_norm is None else self.feedforward_norm(x))
+            return x + self.dropout(y + z), merge_aux(aux, more)
+        x, _, aux = self._feed(self._after(self.mixer_norm, x, y), (None, None), aux)
+        return x, aux
+
+    def _feed(
+        self, x: Tensor, state: tuple[State, State], aux: Aux
+    ) -> tuple[Tensor, tuple[State, State], Aux]:
+        assert self.feedforward_norm is not None
+        y, more = self.feedforward(self._before(self.feedforward_norm, x))
+        return self._after(self.feedforward_norm, x, y), state, merge_aux(aux, more)
+
+    def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return x if self.order == "post" else norm(x)
+
+    def _after(self, norm: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.dropout(y)
+        return norm(x) if self.order == "post" else x
+
+
+class Residual(nn.Module):
+    """Blocks one after the other, then a last norm."""
+
+    def __init__(
+        self,
+        dim: int,
+        layers: Sequence[tuple[nn.Module, nn.Module, nn.Module | None]],
+        *,
+        order: str = "pre",
+        norm: str = "rms",
+        eps: float = 1e-6,
+        dropout: float = 0.0,
+        one_norm: bool = False,
+        last_norm: bool = True,
+    ) -> None:
+        """Make the stack.
+
+        Args:
+            dim: width X.
+            layers: mixer, feed-forward layer and cross-attention (or None) of each layer.
+            order: "pre", "post" or "parallel".
+            norm: one of `NORMS`.
+            eps: the norms' epsilon.
+            dropout: on what each sublayer adds.
+            one_norm: parallel only: mixer and feed-forward layer share one norm.
+            last_norm: normalise the output of the last block.
+        """
+        super().__init__()
+        check_choice("order", order, ("pre", "post", "parallel"))
+        if one_norm and order != "parallel":
+            raise ValueError(f'one_norm=True needs order="parallel"; got order={order!r}')
+        if order == "parallel" and any(cross is not None for _, _, cross in layers):
+            raise ValueError('a decoder with cross-attention needs order="pre" or "post"; got "parallel"')
+        self.blocks = nn.ModuleList(
+            Block(dim, *layer, order=order, norm=norm, eps=eps, dropout=dropout, one_norm=one_norm)
+            for layer in layers
+        )
+        self.norm = make_norm(norm, dim, eps) if last_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, pos: Positions, state: tuple[State, ...]
+    ) -> tuple[Tensor, tuple[State, ...], Aux]:
+        """x (B, T, X) -> the stack's output, the layers' states, auxiliary values of all layers."""
+        after, aux = [], NOTHING
+        for block, own in zip(self.blocks, state, strict=True):
+            x, own, more = block(x, pos, own)
+            after.append(own)
+            aux = merge_aux(aux, more)
+        return self.norm(x), tuple(after), aux
+
+    def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
+        """The bidirectional form: x (B, T, X) -> the stack's output and auxiliary values."""
+        aux = NOTHING
+        for block in self.blocks:
+            x, more = block.encode(x, pos)  # type: ignore[operator]
+            aux = merge_aux(aux, more)
+        return self.norm(x), aux
+
+
+def make_norm(kind: str, dim: int, eps: float) -> nn.Module:
+    """A norm over the last dimension.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    check_choice("norm", kind, NORMS)
+    return nn.RMSNorm(dim, eps) if kind == "rms" else nn.LayerNorm(dim, eps, bias=kind == "layer")
+
+
+def merge_aux(a: Aux, b: Aux) -> Aux:
+    """Auxiliary values of two parts: those with the same name add up."""
+    if not b:
+        return a
+    return {**a, **{name: a[name] + value if name in a else value for name, value in b.items()}}
