@@ -1,0 +1,50 @@
+"""Models without memory, and how weights get into them: a model of any size costs nothing until it is filled."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from writehead.config import ModelConfig
+from writehead.model.decoder import Decoder
+from writehead.model.encoder import Encoder
+from writehead.model.seq2seq import Seq2Seq
+
+KINDS: Mapping[str, type[nn.Module]] = {"decoder": Decoder, "encoder": Encoder, "seq2seq": Seq2Seq}
+
+
+def blank(config: ModelConfig) -> nn.Module:
+    """The model of a config with weights that have shapes but no memory (torch's meta device).
+
+    Raises:
+        ValueError: a config whose parts do not fit together, or sizes that no memory could hold.
+    """
+    try:
+        with torch.device("meta"):
+            return KINDS[config.kind](config)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"the config's sizes are too large to compute with: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Give a blank model its weights, without copying them; a weight that parts share stays shared.
+
+    Args:
+        model: from `blank`; changed in place.
+        weights: all of `model.parts.weights(model)`, by the same names.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    named: dict[str, int] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, name))
+            named[f"{prefix}.{name}" if prefix else name] = id(parameter)
+    assert weights.keys() <= named.keys(), "weights are parameters; no part of a model saves a buffer"
+    for name, tensor in weights.items():
+        parameter = nn.Parameter(tensor)
+        for module, attribute in owners.pop(named[name]):
+            setattr(module, attribute, parameter)
+    assert not owners, "every weight is given"
+    return model
