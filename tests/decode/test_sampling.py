@@ -128,6 +128,14 @@ def test_top_p_keeps_the_lowest_ids_of_equal_tokens():
     assert kept[0].nonzero().squeeze(1).tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("V", [2, 4, 10, 50, 128])
+@pytest.mark.parametrize("top_p", [0.1, 0.25, 0.5, 0.75, 0.9])
+def test_a_mass_that_just_reaches_top_p_keeps_as_many_tokens_as_transformers(top_p, V):
+    sampling, logits = Sampling(temperature=1.0, top_p=top_p), torch.zeros(1, V)
+    kept, expected = filtered_logprobs(logits, sampling).isfinite(), theirs(logits, sampling).isfinite()
+    assert kept.sum() == expected.sum()
+
+
 @given(
     logits=st.lists(st.floats(-20, 20), min_size=1, max_size=40, unique=True),
     top_k=st.integers(0, 45),
@@ -174,10 +182,14 @@ SEEN = [2, 6, 8]
 
 
 def counts(sampling: Sampling, batch: int = 1000) -> list[int]:
+    """How often each token comes in DRAWS draws, from many rows with the same logits."""
     rows = Rows.start(sampling, range(batch), vocab=len(LOGITS))
     rows.note(torch.tensor([SEEN] * batch))
-    logits = torch.tensor([LOGITS] * batch)
-    tokens = torch.cat([pick(logits, sampling, rows)[0] for _ in range(DRAWS // batch)])
+    logits = torch.tensor([LOGITS])
+    if sampling.repetition_penalty != 1:
+        logits = penalise(logits, rows.seen[:1], sampling.repetition_penalty)
+    logprobs = filtered_logprobs(logits, sampling).expand(batch, -1)
+    tokens = torch.cat([draw(logprobs, rows.generators) for _ in range(DRAWS // batch)])
     return tokens.bincount(minlength=len(LOGITS)).tolist()
 
 
@@ -190,6 +202,7 @@ def chi_square(observed: Sequence[float], probabilities: Sequence[float]) -> flo
     return float(stats.chi2.sf(sum((o - e) ** 2 / e for o, e in cells), max(len(cells) - 1, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -209,10 +222,22 @@ def test_draws_follow_the_exact_distribution(options):
     assert chi_square(counts(sampling), expected) > SIGNIFICANCE
 
 
+@pytest.mark.slow
 def test_the_chi_square_test_tells_close_distributions_apart():
     drawn = counts(Sampling(temperature=1.0, seed=11))
     assert chi_square(drawn, exact(LOGITS, Sampling(temperature=1.05))) < SIGNIFICANCE
     assert chi_square(drawn, exact(LOGITS, Sampling(temperature=1.0, top_k=10))) == 0
+
+
+@pytest.mark.parametrize("options", [*FILTERS, {"temperature": 1.0, "repetition_penalty": 1.3}], ids=str)
+def test_picking_is_penalising_filtering_and_drawing(options):
+    sampling, logits = Sampling(seed=2, **options), random_logits(40, 300, seed=12)
+    rows, twin = (Rows.start(sampling, range(40), vocab=300) for _ in range(2))
+    rows.note(torch.arange(150).expand(40, 150))
+    scores = logits if rows.seen is None else penalise(logits, rows.seen, sampling.repetition_penalty)
+    for _ in range(3):
+        expected = draw(filtered_logprobs(scores, sampling), twin.generators)
+        assert pick(logits, sampling, rows)[0].tolist() == expected.tolist()
 
 
 def sequence(seed: int, numbers: Sequence[int], steps: int = 20) -> list[list[int]]:
@@ -348,6 +373,14 @@ def test_a_bad_logit_in_any_place_is_refused(sampling, column, value, message):
         pick(logits, sampling, Rows.start(sampling, range(3), vocab=65))
 
 
+def test_filters_refuse_a_bad_row_too():
+    sampling = Sampling(temperature=1.0, top_k=2)
+    with pytest.raises(ValueError, match="row 1: the model produced NaN logits"):
+        filtered_logprobs(torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 2.0]]), sampling)
+    with pytest.raises(ValueError, match="row 0: every logit is -inf"):
+        filtered_logprobs(torch.full((1, 3), -torch.inf), sampling)
+
+
 def test_a_row_without_any_token_left_is_refused():
     logits = random_logits(2, 10, seed=9)
     logits[0] = -torch.inf
@@ -358,15 +391,21 @@ def test_a_row_without_any_token_left_is_refused():
 def test_drawing_needs_mass_and_one_generator_per_row():
     with pytest.raises(ValueError, match="row 1 cannot be drawn from: its probabilities add up to 0"):
         draw(torch.tensor([[0.0], [-torch.inf]]), row_generators(0, range(2)))
-    nan = filtered_logprobs(
-        torch.full((1, 4), torch.nan), Sampling(temperature=1.0, top_k=2, top_p=0.5, min_p=0.1)
-    )
     with pytest.raises(ValueError, match="row 0 cannot be drawn from: its probabilities add up to nan"):
-        draw(nan, row_generators(0, range(1)))
+        draw(torch.tensor([[0.0, torch.nan]]), row_generators(0, range(1)))
+    with pytest.raises(ValueError, match="row 0 cannot be drawn from: its probabilities add up to inf"):
+        draw(torch.tensor([[0.0, 100.0]]), row_generators(0, range(1)))
     with pytest.raises(
         ValueError, match="2 rows of log-probabilities but 3 generators: each row needs its own"
     ):
         draw(torch.zeros(2, 4), row_generators(0, range(3)))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "repetition_penalty": 1.5}], ids=str)
+def test_a_batch_without_rows_gives_no_tokens(options):
+    sampling = Sampling(**options)
+    tokens, logprobs = pick(torch.zeros(0, 5), sampling, Rows.start(sampling, [], vocab=5))
+    assert (tokens.tolist(), tokens.dtype, logprobs.tolist()) == ([], torch.int64, [])
 
 
 def test_rows_started_for_another_sampling_are_refused():

@@ -16,8 +16,7 @@ from writehead.config import ModelConfig
 from writehead.convert.errors import BadFile, shown
 from writehead.convert.families.base import REQUIRED, Fields
 from writehead.convert.gguf import GGUF
-from writehead.convert.huggingface import check_sizes
-from writehead.convert.rules import HALVES, QKV_ROWS, BadWeights, Form, Heads, Rule, load_weights
+from writehead.convert.rules import HALVES, QKV_ROWS, Checkpoint, Form, Heads, Rule
 from writehead.core.shapes import check_choice
 
 ARCHITECTURES = ("gemma", "llama", "qwen2")
@@ -61,7 +60,9 @@ def rules(architecture: str, config: ModelConfig) -> tuple[Rule, ...]:
     ]
     for kind in ("weight", "bias"):
         table += [
-            Rule(f"{LAYER}mixer.qkv.{kind}", tuple(f"blk.{{layer}}.attn_{x}.{kind}" for x in "qkv"), qkv_form),
+            Rule(
+                f"{LAYER}mixer.qkv.{kind}", tuple(f"blk.{{layer}}.attn_{x}.{kind}" for x in "qkv"), qkv_form
+            ),
             Rule(f"{LAYER}mixer.out.{kind}", (f"blk.{{layer}}.attn_output.{kind}",)),
             Rule(
                 f"{LAYER}feedforward.inner.{kind}",
@@ -195,20 +196,11 @@ class Decoded(Mapping[str, Tensor]):
         return name in self.file.tensors
 
 
-def from_gguf(file: GGUF, dtype: torch.dtype = torch.float32) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A GGUF file as our config and weights.
+def open_model(file: GGUF, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """A GGUF file as a checkpoint to load; `dtype` is what its blocks are decoded to.
 
     Raises:
-        BadFile: a model that we do not have, or tensors that are not those of the metadata.
+        BadFile: a model that we do not have.
     """
     architecture, config = read_config(file)
-    try:
-        check_sizes(config, len(file.tensors))
-        ours = load_weights(
-            rules(architecture, config), Decoded(file, dtype), config, dtype=dtype, views=False
-        )
-    except BadFile:
-        raise
-    except (BadWeights, ValueError) as error:
-        raise BadFile(file.path, str(error)) from error
-    return config, ours
+    return Checkpoint(config, rules(architecture, config), Decoded(file, dtype), views=False)

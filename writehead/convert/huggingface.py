@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from writehead.catalog import MIXERS
@@ -20,7 +19,7 @@ from writehead.convert.families.base import (
     position_of,
     stack_of,
 )
-from writehead.convert.rules import load_weights, save_weights
+from writehead.convert.rules import Checkpoint, save_weights
 from writehead.core.pattern import from_spec, to_spec
 from writehead.core.shapes import check_choice
 from writehead.version import VERSION
@@ -32,6 +31,12 @@ FILES: Mapping[str, str] = {
     "qwen2": "llama",
     "qwen3": "llama",
     "gemma": "llama",
+    "gpt2": "gpt2",
+    "gpt_bigcode": "gpt_bigcode",
+    "falcon": "falcon",
+    "bloom": "bloom",
+    "mpt": "mpt",
+    "t5": "t5",
 }
 
 
@@ -96,18 +101,14 @@ def write_config(config: ModelConfig, model_type: str | None = None) -> tuple[Fa
     )
 
 
-def from_huggingface(
-    values: Mapping[str, Any], theirs: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A Hugging Face checkpoint as our config and weights.
+def open_huggingface(values: Mapping[str, Any], theirs: Mapping[str, Tensor]) -> Checkpoint:
+    """A Hugging Face config and tensors as a checkpoint to load.
 
     Raises:
-        ValueError: what `read_config` and `rules.load_weights` raise.
+        ValueError: what `read_config` raises.
     """
     found, config = read_config(values, theirs.keys())
-    theirs = Prefixed(theirs, found.prefix)
-    check_sizes(config, len(theirs))
-    return config, load_weights(found.rules(config), theirs, config, ignorable=found.ignorable, dtype=dtype)
+    return Checkpoint(config, found.rules(config), Prefixed(theirs, found.prefix), found.ignorable)
 
 
 def to_huggingface(
@@ -130,9 +131,7 @@ class Prefixed(Mapping[str, Tensor]):
     def __init__(self, theirs: Mapping[str, Tensor], prefix: str) -> None:
         bare = not prefix or any(name.startswith(prefix) for name in theirs)
         self.theirs = theirs
-        self.names = {
-            name if bare or name.startswith("lm_head.") else prefix + name: name for name in theirs
-        }
+        self.names = {name if bare or name.startswith("lm_head.") else prefix + name: name for name in theirs}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.theirs[self.names[name]]
@@ -145,17 +144,6 @@ class Prefixed(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
-
-
-def check_sizes(config: ModelConfig, tensors: int) -> None:
-    """Raise if a config promises more layers than a checkpoint could fill: nothing is built for it then.
-
-    Raises:
-        ValueError: naming both numbers.
-    """
-    layers = config.depth + (config.encoder.depth if config.encoder else 0)
-    if layers > tensors:
-        raise ValueError(f"the config has {layers} layers, the checkpoint only {tensors} tensors")
 
 
 def _differences(a: ModelConfig, b: ModelConfig) -> Iterator[str]:
@@ -191,5 +179,3 @@ def _unequal(what: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[
     for key in {**a, **b}:
         if a.get(key) != b.get(key):
             yield f"{what} {key} would become {b.get(key)}, it is {a.get(key)}"
-
-

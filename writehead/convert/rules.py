@@ -14,9 +14,7 @@ from torch import Tensor
 
 from writehead.catalog import MIXERS, argument
 from writehead.config import ModelConfig
-from writehead.convert.build import blank
 from writehead.convert.errors import shown
-from writehead.model.parts import weights
 
 SHOWN = 6  # names listed of each kind of leftover
 
@@ -107,46 +105,59 @@ def heads_of(config: ModelConfig, layer: int) -> Heads:
     return Heads(heads, kv_heads, argument(MIXERS, spec, "head_dim") or config.dim // heads)
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that is in files.
+
+    Attributes:
+        config: the model.
+        rules: how its weights are made.
+        theirs: its tensors; each is read when asked for.
+        ignorable: patterns of keys that hold no weight (masks, rotary tables) and are passed over.
+        views: the tensors may be views of a file, which no model must keep.
+    """
+
+    config: ModelConfig
+    rules: tuple[Rule, ...]
+    theirs: Mapping[str, Tensor]
+    ignorable: tuple[str, ...] = ()
+    views: bool = True
+
+
 def load_weights(
-    rules: Sequence[Rule],
-    theirs: Mapping[str, Tensor],
-    config: ModelConfig,
-    *,
-    ignorable: Sequence[str] = (),
+    checkpoint: Checkpoint,
+    like: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
-    views: bool = True,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """Our weights, made of theirs one by one.
+    """Our weights, made of theirs one by one; every tensor of theirs is let go before the next is read.
 
     Args:
-        rules: the conversion.
-        theirs: a checkpoint; every tensor is read when its turn comes and let go afterwards.
-        config: the model.
-        ignorable: patterns of keys that hold no weight (masks, rotary tables) and are passed over.
-        dtype: of the result.
-        views: theirs may be views of a file, which the result must not keep.
+        checkpoint: what there is.
+        like: what `model.parts.weights` gives for the model; only shapes are looked at.
+        dtype, device: of the result.
 
     Returns:
-        What `model.parts.weights` names, in its order.
+        A tensor for each name in `like`.
 
     Raises:
         BadWeights: tensors that no rule takes, weights that nothing gives, a wrong shape or type, or a copy that differs.
     """
-    shapes = {name: tensor.to(dtype) for name, tensor in weights(blank(config)).items()}
-    matches = _matches(rules, shapes, config)
-    _check_keys(matches, shapes, theirs, ignorable)
-    ours = {}
-    for name, match in matches.items():
-        wanted = match.rule.form.split(shapes[name], match.heads)
-        names = _present(match, theirs)
-        parts = [_read(theirs, key, like) for key, like in zip(names, wanted, strict=True)]
-        _check_copies(match, names[0], parts[0], theirs)
-        made = match.rule.form.join(parts, match.heads).to(dtype)
-        if views and made.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr():
-            made = made.clone()
-        assert made.shape == shapes[name].shape, f"{name}: the form's join is not the inverse of its split"
-        ours[name] = made
-    return ours
+    matches = _matches(checkpoint.rules, like, checkpoint.config)
+    _check_keys(matches, like, checkpoint)
+    return {name: _make(matches[name], weight, checkpoint).to(device, dtype) for name, weight in like.items()}
+
+
+def _make(match: Match, like: Tensor, checkpoint: Checkpoint) -> Tensor:
+    """One weight of ours, in memory of its own."""
+    wanted = match.rule.form.split(like, match.heads)
+    names = _present(match, checkpoint.theirs)
+    parts = [_read(checkpoint.theirs, key, part) for key, part in zip(names, wanted, strict=True)]
+    _check_copies(match, names[0], parts[0], checkpoint.theirs)
+    made = match.rule.form.join(parts, match.heads)
+    assert made.shape == like.shape, f"{match.rule}: join is not the inverse of split"
+    shared = made.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr()
+    return made.clone() if checkpoint.views and shared else made
 
 
 def save_weights(rules: Sequence[Rule], ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -197,15 +208,11 @@ def _present(match: Match, theirs: Mapping[str, Tensor]) -> tuple[str, ...]:
     return match.theirs
 
 
-def _check_keys(
-    matches: Mapping[str, Match],
-    ours: Iterable[str],
-    theirs: Mapping[str, Tensor],
-    ignorable: Sequence[str],
-) -> None:
+def _check_keys(matches: Mapping[str, Match], ours: Iterable[str], checkpoint: Checkpoint) -> None:
     """Raise, listing both sides, unless rules take all of theirs and give all of ours."""
+    theirs = checkpoint.theirs
     taken = {key for match in matches.values() for key in (*match.theirs, *match.copies)}
-    passed = [re.compile(_pattern(key)) for key in ignorable]
+    passed = [re.compile(_pattern(key)) for key in checkpoint.ignorable]
     left = [key for key in theirs if key not in taken and not any(p.fullmatch(key) for p in passed)]
     lost = []
     for name in ours:

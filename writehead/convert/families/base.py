@@ -58,9 +58,7 @@ class Fields:
             ValueError: two names with different values, or a required key that is absent.
         """
         self.known |= {key, *aliases}
-        given = {
-            name: self.values[name] for name in (key, *aliases) if self.values.get(name) is not None
-        }
+        given = {name: self.values[name] for name in (key, *aliases) if self.values.get(name) is not None}
         if not given:
             if default is REQUIRED:
                 raise ValueError(f"{self.what} lacks {key}")
@@ -74,7 +72,9 @@ class Fields:
         """A whole number of at least `least`, below 2**31."""
         value = self.take(key, default, *aliases)
         if type(value) is not int or not least <= value < 2**31:
-            raise ValueError(f"{self.what}: {key}={shown(value)} must be a whole number from {least} to 2**31 - 1")
+            raise ValueError(
+                f"{self.what}: {key}={shown(value)} must be a whole number from {least} to 2**31 - 1"
+            )
         return value
 
     def maybe_whole(self, key: str, *aliases: str) -> int | None:

@@ -78,7 +78,12 @@ TRAITS: Mapping[str, Traits] = {
         kv_heads=32, head_dim=128, attention_bias=True, qk_norm=True, window="some", context=32768
     ),
     "gemma": Traits(
-        kv_heads=16, head_dim=256, activation="gelu_pytorch_tanh", tied=True, attention_bias=True, context=8192
+        kv_heads=16,
+        head_dim=256,
+        activation="gelu_pytorch_tanh",
+        tied=True,
+        attention_bias=True,
+        context=8192,
     ),
 }
 
@@ -136,7 +141,9 @@ def _activation(kind: str, fields: Fields, traits: Traits) -> str:
     newer = fields.take("hidden_activation", None)
     if newer is not None:
         return fields.choice("hidden_activation", newer, ACTIVATIONS)
-    return "gelu_tanh" if given == "gelu" else given  # Gemma's first configs say gelu and mean the approximation
+    return (
+        "gelu_tanh" if given == "gelu" else given
+    )  # Gemma's first configs say gelu and mean the approximation
 
 
 def _windows(fields: Fields, traits: Traits, depth: int) -> list[int | None]:
@@ -150,9 +157,11 @@ def _windows(fields: Fields, traits: Traits, depth: int) -> list[int | None]:
         return [window]
     first = fields.whole("max_window_layers", 28, least=0)
     window = fields.maybe_whole("sliding_window")
-    window = (4096 if "sliding_window" not in fields.values else window) if fields.truth(
-        "use_sliding_window", False
-    ) else None
+    window = (
+        (4096 if "sliding_window" not in fields.values else window)
+        if fields.truth("use_sliding_window", False)
+        else None
+    )
     types = fields.take("layer_types", None)
     if types is None:
         return [window if i >= first else None for i in range(min(depth, 1 << 16))]

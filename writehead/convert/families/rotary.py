@@ -52,7 +52,11 @@ def _scaling(rope: Fields, kind: Any, max_context: int) -> dict[str, Any] | None
         factors = {key: rope.number(key, None) for key in ("factor", "low_freq_factor", "high_freq_factor")}
         return {"name": "llama3", "original_context": original or max_context, **factors}
     if kind == "yarn":
-        spec = {"name": "yarn", "factor": rope.number("factor", None), "original_context": original or max_context}
+        spec = {
+            "name": "yarn",
+            "factor": rope.number("factor", None),
+            "original_context": original or max_context,
+        }
         for key in YARN[:-1]:
             if rope.take(key, None):
                 spec[key] = rope.number(key, None)

