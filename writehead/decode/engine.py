@@ -74,7 +74,7 @@ class TorchEngine:
             ValueError: not a model that decodes, or a chunk below one token.
         """
         if not isinstance(model, Decoder | Seq2Seq):
-            raise ValueError(f"a {type(model).__name__} cannot decode; give a Decoder or a Seq2Seq")
+            raise ValueError(f"{type(model).__name__} cannot decode; give a Decoder or a Seq2Seq")
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1 token")
         self.model, self.prefill_chunk = model.eval(), prefill_chunk
