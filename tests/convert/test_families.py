@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.convert.families import CASES, DECODERS, SEQ2SEQ, make
+from tiny_models import CASES, DECODERS, SEQ2SEQ, make
 from writehead.convert.load import Loaded, load
 
 TOLERANCE = 1e-5  # largest difference of a logit, float32; the logits are of size 0.1 to 10
