@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from writehead.bench import machine as machines
-from writehead.bench import system
+from writehead.core import system
 from writehead.bench.machine import Roofs, git_state, machine, matmul_rate, read_bandwidth, roofline_seconds
 
 MEBI = 2**20

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 import writehead
-from writehead.bench import system
+from writehead.core import system
 from writehead.version import VERSION
 
 WORKING_SETS = tuple(2**20 * size for size in (16, 64, 128, 256, 512, 1024))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from writehead.bench import system
+from writehead.core import system
 from writehead.bench.machine import machine
 from writehead.bench.worker import CaseError
 
