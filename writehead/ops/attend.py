@@ -77,9 +77,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """
     if torch.is_grad_enabled() and any(y.requires_grad and not lse.requires_grad for y, lse in parts):
         raise ValueError("merging under autograd needs an lse with a gradient: call attend(..., exact=True)")
-    lses = torch.stack([lse for _, lse in parts])
-    lse = torch.logsumexp(lses, 0)
-    weights = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0))
+    weights, lse = _softmax(torch.stack([lse for _, lse in parts]), 0)
     y = sum(w[..., None] * part for w, (part, _) in zip(weights.to(parts[0][0].dtype), parts, strict=True))
     assert isinstance(y, Tensor)
     return y, lse
@@ -97,15 +95,22 @@ def _additive(mask: Tensor | None, bias: Tensor | None, causal: bool, q: Tensor,
     return torch.where(mask, base, -torch.inf)
 
 
+def _softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Weights and log-sum-exp; 0, -inf and no gradient where every score is -inf (torch.logsumexp gives NaN)."""
+    top = scores.detach().amax(dim, keepdim=True)
+    shares = torch.exp(scores - top.masked_fill(top == -torch.inf, 0))
+    total = shares.sum(dim, keepdim=True).masked_fill(top == -torch.inf, 1)
+    return shares / total, (total.log() + top).squeeze(dim)
+
+
 def _exact(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     (B, T, H, D), G = q.shape, k.shape[2]
     rows = q.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).reshape(B, G, -1, D)
     scores = (rows @ k.permute(0, 2, 3, 1)).reshape(B, H, T, -1) * scale
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = scores.to(wide) if added is None else scores.to(wide) + added.to(wide)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).to(v.dtype)
-    y = weights.reshape(B, G, -1, weights.shape[-1]) @ v.transpose(1, 2)
+    weights, lse = _softmax(scores, -1)
+    y = weights.to(v.dtype).reshape(B, G, -1, weights.shape[-1]) @ v.transpose(1, 2)
     return y.reshape(B, H, T, -1).transpose(1, 2).to(q.dtype), lse.transpose(1, 2)
 
 
