@@ -7,8 +7,9 @@ from torch import nn
 
 from writehead.core.cache import Store
 from writehead.core.state import nbytes, tensors
+from writehead.core.system import available_memory
 from writehead.decode import engine as engines
-from writehead.decode.engine import TorchEngine, available_memory, check_memory
+from writehead.decode.engine import TorchEngine, check_memory
 from writehead.mixers.cross import Memory
 from writehead.model.encoder import Encoder
 
@@ -109,7 +110,12 @@ def test_a_table_that_is_only_looked_up_does_not_count_as_read() -> None:
 
 def test_the_engine_knows_the_models_limits() -> None:
     engine = TorchEngine(decoder(position="learned", max_context=32))
-    assert (engine.vocab, engine.positions, engine.trained_context, engine.reads_source) == (11, 64, 32, False)
+    assert (engine.vocab, engine.positions, engine.trained_context, engine.reads_source) == (
+        11,
+        64,
+        32,
+        False,
+    )
     assert TorchEngine(seq2seq()).reads_source
     assert TorchEngine(decoder()).positions is None
 

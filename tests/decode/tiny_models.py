@@ -56,9 +56,7 @@ def seq2seq(seed: int = 2) -> Seq2Seq:
     """An encoder-decoder with grouped cross-attention."""
     encoder = config("bidirectional", "sinusoidal", kind="encoder")
     cross = {"name": "cross", "heads": 4, "kv_heads": 2}
-    return spread(
-        Seq2Seq(config("mqa", "sinusoidal", kind="seq2seq", cross=cross, encoder=encoder)), seed
-    )
+    return spread(Seq2Seq(config("mqa", "sinusoidal", kind="seq2seq", cross=cross, encoder=encoder)), seed)
 
 
 def next_logprobs(model: Decoder | Seq2Seq, tokens: Sequence[int], source: Sequence[int] = ()) -> Tensor:

@@ -96,7 +96,7 @@ def _additive(mask: Tensor | None, bias: Tensor | None, causal: bool, q: Tensor,
 
 
 def _softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Weights and log-sum-exp; 0, -inf and no gradient where every score is -inf (torch.logsumexp gives NaN)."""
+    """Weights and log-sum-exp; 0, -inf and no gradient where every score is -inf (torch's give NaN)."""
     top = scores.detach().amax(dim, keepdim=True)
     shares = torch.exp(scores - top.masked_fill(top == -torch.inf, 0))
     total = shares.sum(dim, keepdim=True).masked_fill(top == -torch.inf, 1)
