@@ -50,16 +50,17 @@ def attend(
         ValueError: shapes that do not fit.
     """
     B, T, H, D = q.shape
-    S, G = k.shape[1:3]
-    check_shape("k", k, "B S G D", B=B, D=D)
-    check_shape("v", v, "B S G E", B=B, S=S, G=G)
-    check_multiple("heads", H, "kv_heads", G)
+    _, S, G, E = k.shape[:3] + v.shape[-1:]
+    if k.shape != (B, S, G, D) or v.shape != (B, S, G, E) or H % G:
+        check_shape("k", k, "B S G D", B=B, D=D)
+        check_shape("v", v, "B S G E", B=B, S=S, G=G)
+        check_multiple("heads", H, "kv_heads", G)
     if causal and S < T:
         raise ValueError(f"causal attention needs at least as many keys as queries; got T={T}, S={S}")
     scale = D**-0.5 if scale is None else scale
     if S == 0:
-        return q.new_zeros(B, T, H, v.shape[-1]), q.new_full((B, T, H), -torch.inf)
-    plain = exact or q.device.type != "cpu" or v.shape[-1] != D or (bias is not None and bias.requires_grad)
+        return q.new_zeros(B, T, H, E), q.new_full((B, T, H), -torch.inf)
+    plain = exact or q.device.type != "cpu" or E != D or (bias is not None and bias.requires_grad)
     if plain:
         return _exact(q, k, v, _additive(mask, bias, causal, q, S), scale)
     X = H // G
@@ -95,7 +96,7 @@ def _additive(mask: Tensor | None, bias: Tensor | None, causal: bool, q: Tensor,
 
 
 def _softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Weights and log-sum-exp; 0, -inf and no gradient where nothing may be read (torch.logsumexp: NaN)."""
+    """Weights and log-sum-exp; 0, -inf and no gradient where every score is -inf (torch's give NaN)."""
     top = scores.detach().amax(dim, keepdim=True)
     shares = torch.exp(scores - top.masked_fill(top == -torch.inf, 0))
     total = shares.sum(dim, keepdim=True).masked_fill(top == -torch.inf, 1)
@@ -117,6 +118,10 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float)
     """All queries that share a key/value head as the rows of one product."""
     (B, T, H, D), G = q.shape, k.shape[2]
     X = H // G
+    if T == 1:
+        added = added if added is None or added.shape[1] == 1 else added.view(-1, G, X, added.shape[-1])
+        y, lse = _flash(q.view(B, G, X, D), k.transpose(1, 2), v.transpose(1, 2), added, False, scale)
+        return y.reshape(B, 1, H, D), lse.reshape(B, 1, H)
     rows = q.unflatten(2, (G, X)).permute(0, 2, 3, 1, 4).reshape(B, G, X * T, D)
     if added is not None:
         R, A, _, S = added.shape
