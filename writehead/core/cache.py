@@ -55,7 +55,11 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, reach: Reach, store: "Store") -> "Layout":
         """The layout that keeps what the pattern's reach says, and the store's slack."""
-        return cls(0, None, 0) if reach.window is None else cls(reach.lead, reach.window, store.slack)
+        if reach.window is None:
+            return cls(0, None, 0)
+        return cls(
+            reach.lead, max(1, reach.window), store.slack
+        )  # a ring has a slot, also if nothing is read
 
     @property
     def limit(self) -> int | None:
