@@ -1,6 +1,6 @@
 """Multi-head, grouped and multi-query attention with a window, token by token, from the papers alone.
 
-Shazeer 2019, arXiv:1911.02150: section 2.3 (incremental multi-head attention: a step appends a key and a value
+Shazeer 2019, arXiv:1911.02150: section 2.3 (incremental multi-head attention: a step appends a key and value
 to the memory and reads it), section 3 (multi-query: one head of keys and values). The window counts the query
 itself. Scores are scaled by D^-1/2 (Vaswani et al. 2017); the 2019 paper leaves that to the initialiser.
 """
