@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from writehead.bench import measure, system
+from writehead.bench import measure
+from writehead.core import system
 from writehead.bench.measure import CaseError, Sample, Timing, alternate, quartiles, turn, write_record
 from writehead.bench.worker import Worker
 

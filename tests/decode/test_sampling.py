@@ -128,6 +128,14 @@ def test_top_p_keeps_the_lowest_ids_of_equal_tokens():
     assert kept[0].nonzero().squeeze(1).tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("V", [2, 4, 10, 50, 128])
+@pytest.mark.parametrize("top_p", [0.1, 0.25, 0.5, 0.75, 0.9])
+def test_a_mass_that_just_reaches_top_p_keeps_as_many_tokens_as_transformers(top_p, V):
+    sampling, logits = Sampling(temperature=1.0, top_p=top_p), torch.zeros(1, V)
+    kept, expected = filtered_logprobs(logits, sampling).isfinite(), theirs(logits, sampling).isfinite()
+    assert kept.sum() == expected.sum()
+
+
 @given(
     logits=st.lists(st.floats(-20, 20), min_size=1, max_size=40, unique=True),
     top_k=st.integers(0, 45),

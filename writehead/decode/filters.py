@@ -51,10 +51,10 @@ def candidates(row: Floats, temperature: float, top_k: int, top_p: float, min_p:
         ids = np.flatnonzero(scores >= np.partition(scores, -top_k)[-top_k])
         scores = scores[ids]
     if top_p < 1:
-        keep = _nucleus(np.exp(_log_softmax(scores)), top_p)
+        keep = _nucleus(_softmax(scores), top_p)
         ids, scores = ids[keep], scores[keep]
     if min_p > 0:
-        probs = np.exp(_log_softmax(scores))
+        probs = _softmax(scores)
         keep = probs >= probs.dtype.type(min_p) * probs.max()
         ids, scores = ids[keep], scores[keep]
     return ids, _log_softmax(scores)
@@ -70,6 +70,13 @@ def _nucleus(probs: Floats, top_p: float) -> NDArray[np.bool_]:
     if surplus:
         keep[np.flatnonzero(probs == border)[-surplus:]] = False
     return keep
+
+
+def _softmax(scores: Floats) -> Floats:
+    # Divided, as exp of _log_softmax would put equal tokens beside, not on, a border such as top_p = 1/2.
+    weights: Floats = np.exp(scores - scores.max())
+    weights /= weights.sum()
+    return weights
 
 
 def _log_softmax(scores: Floats) -> Floats:

@@ -156,6 +156,8 @@ def check_row(
         ValueError: unknown row, law or position.
     """
     row = find(MIXERS, row) if isinstance(row, str) else row
+    for law in laws or ():
+        check_choice("law", law, LAWS)
     mixer = build_tiny(row, position, seed)
     return [
         check(mixer, law, seed=seed, store=store, decodes=row.decodes, name=row.name)

@@ -113,8 +113,8 @@ class Softmax(nn.Module):
         check_shape("x", x, "B T X", B=pos.index.shape[0], T=pos.index.shape[1], X=self.qkv.weight.shape[1])
         self.position.check_context(pos)
         heads, v = self.qkv(x, self.position.infuse(x, pos))
-        q, k = self.position.rotate(heads, pos).split([self.qkv.heads, self.qkv.kv_heads], 2)
-        return q, k, v
+        heads, H = self.position.rotate(heads, pos), self.qkv.heads
+        return heads[:, :, :H], heads[:, :, H:], v
 
     def _attend(self, q: Tensor, keys: Keys, pos: Positions) -> Tensor:
         if not self.biased and pos.once(_triangle, pos, keys.pos, self.pattern):
