@@ -18,7 +18,7 @@ from writehead.core.shapes import check_multiple, check_shape
 FOLD = (
     64  # up to so many rows the queries of a group are one product even where a mask must be repeated for it
 )
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
 
 
 def attend(
@@ -60,7 +60,7 @@ def attend(
     scale = D**-0.5 if scale is None else scale
     if S == 0:
         return q.new_zeros(B, T, H, E), q.new_full((B, T, H), -torch.inf)
-    plain = exact or q.device.type != "cpu" or E != D or (bias is not None and bias.requires_grad)
+    plain = exact or E != D or not q.is_cpu or (bias is not None and bias.requires_grad)
     if plain:
         return _exact(q, k, v, _additive(mask, bias, causal, q, S), scale)
     X = H // G
@@ -120,7 +120,8 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float)
     (B, T, H, D), S, G = q.shape, *k.shape[1:3]
     X = H // G
     if T == 1:
-        added = added if added is None or added.shape[1] == 1 else added.reshape(-1, G, X, S)
+        if added is not None and added.shape[1] > 1:
+            added = added.reshape(-1, G, X, S)
         y, lse = _flash(q.view(B, G, X, D), k.transpose(1, 2), v.transpose(1, 2), added, False, scale)
         return y.reshape(B, 1, H, D), lse.reshape(B, 1, H)
     rows = q.unflatten(2, (G, X)).permute(0, 2, 3, 1, 4).reshape(B, G, X * T, D)
