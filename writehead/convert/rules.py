@@ -182,16 +182,18 @@ def _matches(rules: Sequence[Rule], names: Iterable[str], config: ModelConfig) -
     """For each of our weights the rule that speaks of it."""
     compiled = [(re.compile(_pattern(rule.ours)), rule) for rule in rules]
     found: dict[str, Match] = {}
+    known: dict[tuple[bool, int], Heads] = {}
     for name in names:
         for regex, rule in compiled:
             if bound := regex.fullmatch(name):
                 values = bound.groupdict()
-                part = config.encoder if name.startswith("encoder.") and config.encoder else config
+                part = config.encoder if name.startswith("encoder.") else None
                 layer = int(values.get("layer") or 0)
-                theirs, copies = (
-                    tuple(key.format(**values) for key in keys) for keys in (rule.theirs, rule.copies)
-                )
-                found[name] = Match(rule, theirs, copies, heads_of(part, layer))
+                place = (part is None, layer)
+                if place not in known:
+                    known[place] = heads_of(part or config, layer)
+                theirs, copies = (tuple(k.format(**values) for k in keys) for keys in (rule.theirs, rule.copies))
+                found[name] = Match(rule, theirs, copies, known[place])
                 break
     return found
 
