@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tiny_models import CASES, DECODERS, SEQ2SEQ, make
 from torch import Tensor
 
-from tiny_models import CASES, DECODERS, SEQ2SEQ, make
 from writehead.convert.load import Loaded, load
 
 TOLERANCE = 1e-5  # largest difference of a logit, float32; the logits are of size 0.1 to 10
@@ -135,7 +135,9 @@ def test_a_window_counts_the_query_itself_in_both_libraries(tmp_path: Path) -> N
 
 
 def test_one_layer_in_three_may_have_a_window(tmp_path: Path) -> None:
-    model = make("qwen2, window in some layers", layer_types=["full_attention", "sliding_attention", "full_attention"])
+    model = make(
+        "qwen2, window in some layers", layer_types=["full_attention", "sliding_attention", "full_attention"]
+    )
     model.save_pretrained(tmp_path / "model")
     config = load(tmp_path / "model").config
     windows = [config.layer("mixer", i).get("pattern", {}).get("window") for i in range(3)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-
 from tiny_models import CASES, make
+
 from writehead.config import ModelConfig
 from writehead.convert.errors import BadFile
 from writehead.convert.huggingface import read_config, write_config
@@ -54,7 +54,9 @@ def test_saved_models_load_in_transformers_and_here(case: str, tmp_path: Path) -
     assert same_weights(again.model, ours.model)
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2, window in some layers", "gpt2", "t5", "t5, version 1.1", "falcon, alibi"])
+@pytest.mark.parametrize(
+    "case", ["llama", "qwen2, window in some layers", "gpt2", "t5", "t5, version 1.1", "falcon, alibi"]
+)
 def test_our_own_format_keeps_every_bit(case: str, tmp_path: Path) -> None:
     make(case).save_pretrained(tmp_path / "theirs")
     ours = load(tmp_path / "theirs")
@@ -148,7 +150,9 @@ def test_a_model_that_no_family_can_hold_is_refused_with_the_reason(tmp_path: Pa
         vocab=97, dim=48, depth=2, mixer={"name": "sink_mqa", "heads": 6},
         feedforward={"name": "dense", "activation": "silu", "gated": True, "hidden": 80},
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"llama: layer 0: mixer pattern would become .*causal.*, it is .*leading"):
+    with pytest.raises(
+        ValueError, match=r"llama: layer 0: mixer pattern would become .*causal.*, it is .*leading"
+    ):
         save(Decoder(config), tmp_path / "model", format="huggingface")
     with pytest.raises(ValueError, match="gpt2: none of the model's parts has the argument 'max_context'"):
         save(Decoder(config), tmp_path / "model", format="huggingface", model_type="gpt2")

@@ -17,7 +17,9 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 GPT: dict[str, Any] = {"vocab_size": 97, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64}
-FALCON = {key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "intermediate_size")}
+FALCON = {
+    key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "intermediate_size")
+}
 T5: dict[str, Any] = {
     "vocab_size": 97, "d_model": 48, "d_kv": 10, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 6,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
@@ -29,10 +31,19 @@ def rope(**given: Any) -> dict[str, Any]:
 
 
 YARN = rope(
-    rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=20.0, mscale=0.7, mscale_all_dim=0.9
+    rope_type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=16,
+    beta_fast=20.0,
+    mscale=0.7,
+    mscale_all_dim=0.9,
 )
 LLAMA3 = rope(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
 )
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", SMALL | {"tie_word_embeddings": True}),

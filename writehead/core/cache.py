@@ -187,7 +187,7 @@ def append(kv: KV, k: Tensor, v: Tensor, pos: Positions) -> tuple[KV, Keys]:
         The cache after the tokens, and keys and values of past and new tokens as they are stored.
     """
     plan = pos.once(_plan, pos, kv.pos, kv.used, kv.layout)
-    new, dtype = [_encode(t.transpose(1, 2), kv) for t in (k, v)], k.dtype
+    new, dtype = (_encode(k.transpose(1, 2), kv), _encode(v.transpose(1, 2), kv)), k.dtype
     if kv.used == 0:
         k, v = (_decode(*t, dtype).transpose(1, 2) for t in new)
         keys = Keys(k, v, pos.index)
@@ -235,7 +235,7 @@ def _plan(pos: Positions, kept: Tensor, used: int, layout: Layout) -> Plan:
     return Plan(after, after[:, :used], used, run, at)
 
 
-def _write(kv: KV, plan: Plan, new: list[tuple[Tensor, Tensor | None]]) -> KV:
+def _write(kv: KV, plan: Plan, new: tuple[tuple[Tensor, Tensor | None], ...]) -> KV:
     kv = _resize(kv, plan.pos.shape[1])
     (k, k_scale), (v, v_scale) = new
     scales = kv.scales
@@ -275,13 +275,15 @@ def _read(kv: KV, pos: Tensor, dtype: torch.dtype) -> Keys:
 def _encode(t: Tensor, kv: KV) -> tuple[Tensor, Tensor | None]:
     """The stored form of t (B, G, T, D)."""
     if kv.scales is None:
-        return t.to(kv.k.dtype), None
+        return (t if t.dtype == kv.k.dtype else t.to(kv.k.dtype)), None
     scale = t.detach().abs().amax(-1, keepdim=True).float() / 127
     return (t / scale.clamp_min(1e-30).to(t)).round().to(torch.int8), scale
 
 
 def _decode(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return t.to(dtype) if scale is None else t.to(dtype) * scale.to(dtype)
+    if scale is None:
+        return t if t.dtype == dtype else t.to(dtype)
+    return t.to(dtype) * scale.to(dtype)
 
 
 def _resize(kv: KV, slots: int) -> KV:

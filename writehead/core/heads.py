@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from writehead.core.norm import RMS
 from writehead.core.shapes import check_multiple
 
 
@@ -49,8 +50,8 @@ class QKV(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, dim))
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
         nn.init.normal_(self.weight, std=dim**-0.5)
-        self.q_norm = nn.RMSNorm(self.head_dim, norm_eps) if norm_eps is not None else None
-        self.k_norm = nn.RMSNorm(self.head_dim, norm_eps) if norm_eps is not None else None
+        self.q_norm = RMS(self.head_dim, norm_eps) if norm_eps is not None else None
+        self.k_norm = RMS(self.head_dim, norm_eps) if norm_eps is not None else None
 
     def forward(self, x: Tensor, infused: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Project.
@@ -63,18 +64,17 @@ class QKV(nn.Module):
             Queries and keys side by side (B, T, H + G, D), so that one operation can rotate both, and values
             (B, T, G, D).
         """
-        qk, v = (self.heads + self.kv_heads) * self.head_dim, self.kv_heads * self.head_dim
+        B, T, _ = x.shape
+        reading = self.heads + self.kv_heads
         if infused is None:
-            qk_heads, v_heads = F.linear(x, self.weight, self.bias).split([qk, v], -1)
+            heads = F.linear(x, self.weight, self.bias).view(B, T, -1, self.head_dim)
+            qk, v = heads[:, :, :reading], heads[:, :, reading:]
         else:
-            bias = (None, None) if self.bias is None else self.bias.split([qk, v])
-            weight = self.weight.split([qk, v])
-            qk_heads, v_heads = F.linear(infused, weight[0], bias[0]), F.linear(x, weight[1], bias[1])
-        qk_heads, v_heads = (
-            qk_heads.unflatten(-1, (-1, self.head_dim)),
-            v_heads.unflatten(-1, (-1, self.head_dim)),
-        )
+            sizes = [reading * self.head_dim, self.kv_heads * self.head_dim]
+            bias = (None, None) if self.bias is None else self.bias.split(sizes)
+            weight = self.weight.split(sizes)
+            qk = F.linear(infused, weight[0], bias[0]).view(B, T, -1, self.head_dim)
+            v = F.linear(x, weight[1], bias[1]).view(B, T, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk_heads.split([self.heads, self.kv_heads], 2)
-            qk_heads = torch.cat([self.q_norm(q), self.k_norm(k)], 2)
-        return qk_heads, v_heads
+            qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], 2)
+        return qk, v

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from writehead.core.shapes import check_choice
+from writehead.core.work import Call, Work, products, values
 from writehead.mixer import NOTHING, Aux
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,6 +67,9 @@ class Dense(nn.Module):
         self.outer = nn.Linear(hidden, dim, bias=bias)
         self.gated, self.activate = gated, ACTIVATIONS[activation]
 
+    def work(self, call: Call) -> Work:
+        return Work(flops=2 * call.rows * products(self), weights=values(self))
+
     def forward(self, x: Tensor) -> tuple[Tensor, Aux]:
         """x (B, T, X) -> y (B, T, X) and auxiliary values."""
         h = self.inner(x)
@@ -95,6 +99,9 @@ class Chunked(nn.Module):
             raise ValueError(f"chunk={chunk} must be at least 1")
         self.chunk = chunk
         self.dense = Dense(dim, hidden=hidden, activation=activation, gated=gated, bias=bias)
+
+    def work(self, call: Call) -> Work:
+        return self.dense.work(call)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Aux]:
         """x (B, T, X) -> y (B, T, X) and auxiliary values; with autograd each piece is computed again

@@ -20,6 +20,7 @@ from writehead.core.heads import QKV
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice, check_shape
 from writehead.core.state import Node, Once
+from writehead.core.work import Call, Work, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.attend import attend
 
@@ -95,6 +96,29 @@ class Cross(nn.Module):
         kv = F.linear(source, self.qkv.weight[rows:], bias).unflatten(-1, (-1, self.qkv.head_dim))
         k, v = kv.split(self.qkv.kv_heads, 2)
         return Memory(k, v, pos.valid[:, None, None], torch.arange(len(source), device=source.device))
+
+    def memory_bytes(self, call: Call) -> int:
+        """Bytes of the memory that a call reads: keys and values, the mask, and the source of each row."""
+        slot = self.qkv.kv_heads * 2 * self.qkv.head_dim * call.itemsize
+        return call.batch * (call.source * (slot + 1) + 8)
+
+    def remember_work(self, call: Call) -> Work:
+        """What `remember` takes for `call.source` tokens in each row."""
+        G, D, X = self.qkv.kv_heads, self.qkv.head_dim, self.qkv.weight.shape[1]
+        return Work(
+            flops=2 * call.batch * call.source * 2 * G * D * X,
+            weights=2 * G * D * (X + (self.qkv.bias is not None)),
+            state_written=self.memory_bytes(call),
+        )
+
+    def work(self, call: Call) -> Work:
+        H, G, D = self.qkv.heads, self.qkv.kv_heads, self.qkv.head_dim
+        query = H * D * self.qkv.weight.shape[1]
+        return Work(
+            flops=2 * call.rows * (query + self.out.weight.numel()) + 2 * 2 * H * D * call.rows * call.source,
+            weights=query + (0 if self.qkv.bias is None else H * D) + values(self.out),
+            state_read=call.batch * call.source * G * 2 * D * call.itemsize,
+        )
 
     def forward(self, x: Tensor, pos: Positions, state: Memory) -> tuple[Tensor, Memory, Aux]:
         rows = self.qkv.heads * self.qkv.head_dim

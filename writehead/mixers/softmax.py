@@ -2,7 +2,7 @@
 
 Paper     Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need", arXiv:1911.02150
           (kv_heads = 1); Ainslie et al. 2023, "GQA", arXiv:2305.13245; Vaswani et al. 2017, arXiv:1706.03762
-          (kv_heads = heads)
+          (kv_heads = heads); Xiao et al. 2023, arXiv:2309.17453 (window and sinks)
 Equation  y_t = sum_s softmax_s(scale q_t.k_s + bias(t, s)) v_s over the keys s that the pattern allows
 State     keys and values of the tokens that later ones may read: 2 G D values and a position a slot
           (core/cache.py)
@@ -23,6 +23,7 @@ from writehead.core.heads import QKV
 from writehead.core.pattern import Causal, Pattern, from_spec
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice, check_shape
+from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.attend import attend
 from writehead.positions.base import NoPosition, Scheme, has
@@ -82,6 +83,18 @@ class Softmax(nn.Module):
         size = itemsize if store.dtype is None else store.dtype.itemsize
         return state_bytes(batch, slots, self.qkv.kv_heads, (self.qkv.head_dim, self.qkv.head_dim), size)
 
+    def work(self, call: Call) -> Work:
+        D, slot = self.qkv.head_dim, call.batch * call.slot_bytes(self.qkv.kv_heads, 2 * self.qkv.head_dim)
+        limit = Layout.of(self.pattern.reach, call.store).limit
+        past, new = (n if limit is None else min(n, limit) for n in (call.context, call.tokens))
+        return Work(
+            flops=2 * call.rows * products(self.qkv, self.out)
+            + 2 * 2 * D * scores(self.pattern, self.qkv.heads, call),
+            weights=values(self.qkv, self.out),
+            state_read=past * slot,
+            state_written=new * slot,
+        )
+
     def forward(self, x: Tensor, pos: Positions, state: KV | None = None) -> tuple[Tensor, KV, Aux]:
         if not self.pattern.causal:
             raise ValueError(
@@ -100,8 +113,8 @@ class Softmax(nn.Module):
         check_shape("x", x, "B T X", B=pos.index.shape[0], T=pos.index.shape[1], X=self.qkv.weight.shape[1])
         self.position.check_context(pos)
         heads, v = self.qkv(x, self.position.infuse(x, pos))
-        q, k = self.position.rotate(heads, pos).split([self.qkv.heads, self.qkv.kv_heads], 2)
-        return q, k, v
+        heads, H = self.position.rotate(heads, pos), self.qkv.heads
+        return heads[:, :, :H], heads[:, :, H:], v
 
     def _attend(self, q: Tensor, keys: Keys, pos: Positions) -> Tensor:
         if not self.biased and pos.once(_triangle, pos, keys.pos, self.pattern):

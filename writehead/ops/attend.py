@@ -50,16 +50,17 @@ def attend(
         ValueError: shapes that do not fit.
     """
     B, T, H, D = q.shape
-    S, G = k.shape[1:3]
-    check_shape("k", k, "B S G D", B=B, D=D)
-    check_shape("v", v, "B S G E", B=B, S=S, G=G)
-    check_multiple("heads", H, "kv_heads", G)
+    _, S, G, E = k.shape[:3] + v.shape[-1:]
+    if k.shape != (B, S, G, D) or v.shape != (B, S, G, E) or H % G:
+        check_shape("k", k, "B S G D", B=B, D=D)
+        check_shape("v", v, "B S G E", B=B, S=S, G=G)
+        check_multiple("heads", H, "kv_heads", G)
     if causal and S < T:
         raise ValueError(f"causal attention needs at least as many keys as queries; got T={T}, S={S}")
     scale = D**-0.5 if scale is None else scale
     if S == 0:
-        return q.new_zeros(B, T, H, v.shape[-1]), q.new_full((B, T, H), -torch.inf)
-    plain = exact or q.device.type != "cpu" or v.shape[-1] != D or (bias is not None and bias.requires_grad)
+        return q.new_zeros(B, T, H, E), q.new_full((B, T, H), -torch.inf)
+    plain = exact or q.device.type != "cpu" or E != D or (bias is not None and bias.requires_grad)
     if plain:
         return _exact(q, k, v, _additive(mask, bias, causal, q, S), scale)
     X = H // G
@@ -76,9 +77,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """
     if torch.is_grad_enabled() and any(y.requires_grad and not lse.requires_grad for y, lse in parts):
         raise ValueError("merging under autograd needs an lse with a gradient: call attend(..., exact=True)")
-    lses = torch.stack([lse for _, lse in parts])
-    lse = torch.logsumexp(lses, 0)
-    weights = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0))
+    weights, lse = _softmax(torch.stack([lse for _, lse in parts]), 0)
     y = sum(w[..., None] * part for w, (part, _) in zip(weights.to(parts[0][0].dtype), parts, strict=True))
     assert isinstance(y, Tensor)
     return y, lse
@@ -96,15 +95,22 @@ def _additive(mask: Tensor | None, bias: Tensor | None, causal: bool, q: Tensor,
     return torch.where(mask, base, -torch.inf)
 
 
+def _softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Weights and log-sum-exp; 0, -inf and no gradient where every score is -inf (torch's give NaN)."""
+    top = scores.detach().amax(dim, keepdim=True)
+    shares = torch.exp(scores - top.masked_fill(top == -torch.inf, 0))
+    total = shares.sum(dim, keepdim=True).masked_fill(top == -torch.inf, 1)
+    return shares / total, (total.log() + top).squeeze(dim)
+
+
 def _exact(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     (B, T, H, D), G = q.shape, k.shape[2]
     rows = q.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).reshape(B, G, -1, D)
     scores = (rows @ k.permute(0, 2, 3, 1)).reshape(B, H, T, -1) * scale
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = scores.to(wide) if added is None else scores.to(wide) + added.to(wide)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).to(v.dtype)
-    y = weights.reshape(B, G, -1, weights.shape[-1]) @ v.transpose(1, 2)
+    weights, lse = _softmax(scores, -1)
+    y = weights.to(v.dtype).reshape(B, G, -1, weights.shape[-1]) @ v.transpose(1, 2)
     return y.reshape(B, H, T, -1).transpose(1, 2).to(q.dtype), lse.transpose(1, 2)
 
 
@@ -112,6 +118,10 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float)
     """All queries that share a key/value head as the rows of one product."""
     (B, T, H, D), G = q.shape, k.shape[2]
     X = H // G
+    if T == 1:
+        added = added if added is None or added.shape[1] == 1 else added.view(-1, G, X, added.shape[-1])
+        y, lse = _flash(q.view(B, G, X, D), k.transpose(1, 2), v.transpose(1, 2), added, False, scale)
+        return y.reshape(B, 1, H, D), lse.reshape(B, 1, H)
     rows = q.unflatten(2, (G, X)).permute(0, 2, 3, 1, 4).reshape(B, G, X * T, D)
     if added is not None:
         R, A, _, S = added.shape

@@ -12,7 +12,9 @@ Differs   nothing
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from writehead.core.norm import RMS
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice
 from writehead.core.state import State
@@ -39,11 +41,10 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.mixer, self.feedforward, self.cross = mixer, feedforward, cross
-        self.order = order
+        self.order, self.dropout = order, dropout
         self.mixer_norm = make_norm(norm, dim, eps)
         self.cross_norm = None if cross is None else make_norm(norm, dim, eps)
         self.feedforward_norm = None if one_norm else make_norm(norm, dim, eps)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, x: Tensor, pos: Positions, state: tuple[State, State]
@@ -54,7 +55,7 @@ class Block(nn.Module):
             h = self.mixer_norm(x)
             y, own, aux = self.mixer(h, pos, own)
             z, more = self.feedforward(h if self.feedforward_norm is None else self.feedforward_norm(x))
-            return x + self.dropout(y + z), (own, memory), merge_aux(aux, more)
+            return x + self._drop(y + z), (own, memory), merge_aux(aux, more)
         y, own, aux = self.mixer(self._before(self.mixer_norm, x), pos, own)
         x = self._after(self.mixer_norm, x, y)
         if self.cross is not None and self.cross_norm is not None:
@@ -68,7 +69,7 @@ class Block(nn.Module):
         y, aux = self.mixer.encode(h, pos)  # type: ignore[operator]
         if self.order == "parallel":
             z, more = self.feedforward(h if self.feedforward_norm is None else self.feedforward_norm(x))
-            return x + self.dropout(y + z), merge_aux(aux, more)
+            return x + self._drop(y + z), merge_aux(aux, more)
         x, _, aux = self._feed(self._after(self.mixer_norm, x, y), (None, None), aux)
         return x, aux
 
@@ -83,8 +84,11 @@ class Block(nn.Module):
         return x if self.order == "post" else norm(x)
 
     def _after(self, norm: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x = x + self.dropout(y)
+        x = x + self._drop(y)
         return norm(x) if self.order == "post" else x
+
+    def _drop(self, y: Tensor) -> Tensor:
+        return F.dropout(y, self.dropout) if self.training and self.dropout else y
 
 
 class Residual(nn.Module):
@@ -153,7 +157,7 @@ def make_norm(kind: str, dim: int, eps: float) -> nn.Module:
         ValueError: unknown kind.
     """
     check_choice("norm", kind, NORMS)
-    return nn.RMSNorm(dim, eps) if kind == "rms" else nn.LayerNorm(dim, eps, bias=kind == "layer")
+    return RMS(dim, eps) if kind == "rms" else nn.LayerNorm(dim, eps, bias=kind == "layer")
 
 
 def merge_aux(a: Aux, b: Aux) -> Aux:

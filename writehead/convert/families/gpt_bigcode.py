@@ -26,9 +26,7 @@ def _read(fields: Fields, names: Collection[str] | None) -> ModelConfig:
     fields.ignore("max_batch_size", "max_sequence_length", "pad_key_length", "pre_allocate_kv_cache")
     fields.ignore("validate_runner_input")
     mixer: dict[str, Any] = {"name": "gqa", "heads": heads, "kv_heads": kv_heads, "bias": "all"}
-    return read_common(
-        fields, [mixer if scale is None else mixer | {"scale": scale}], "gelu_pytorch_tanh"
-    )
+    return read_common(fields, [mixer if scale is None else mixer | {"scale": scale}], "gelu_pytorch_tanh")
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

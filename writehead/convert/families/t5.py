@@ -87,7 +87,9 @@ def _read(fields: Fields, names: Collection[str] | None) -> ModelConfig:
         depth=fields.maybe_whole("num_decoder_layers") or depth,
         mixer={"name": "mha", **attention},
         cross={"name": "cross", **attention},
-        encoder=ModelConfig(kind="encoder", depth=depth, mixer={"name": "bidirectional", **attention}, **shared),
+        encoder=ModelConfig(
+            kind="encoder", depth=depth, mixer={"name": "bidirectional", **attention}, **shared
+        ),
         tie_embeddings=tied,
         logit_scale=dim**-0.5 if scaled else 1.0,
         **shared,
@@ -119,14 +121,21 @@ def _feedforward(fields: Fields) -> dict[str, Any]:
     name = "gelu_new" if given == "gated-gelu" else word  # the one exception in transformers
     fields.only("dense_act_fn", name, word, None)
     fields.only("is_gated_act", gated, None)
-    return {"name": "dense", "hidden": fields.whole("d_ff", REQUIRED), "activation": ACTIVATIONS[name], "gated": gated}
+    return {
+        "name": "dense",
+        "hidden": fields.whole("d_ff", REQUIRED),
+        "activation": ACTIVATIONS[name],
+        "gated": gated,
+    }
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     if config.encoder is None:
         raise ValueError("it needs an encoder")
     mixer, feedforward, position = mixer_of(config, 0), feedforward_of(config, 0), position_of(config)
-    act = activation_name(feedforward["activation"], {"gelu_tanh": "gelu" if feedforward["gated"] else "gelu_new"})
+    act = activation_name(
+        feedforward["activation"], {"gelu_tanh": "gelu" if feedforward["gated"] else "gelu_new"}
+    )
     return {
         "is_encoder_decoder": True,
         "vocab_size": config.vocab,

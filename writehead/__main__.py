@@ -1,0 +1,5 @@
+"""`python -m writehead` is `writehead`."""
+
+from writehead.cli import main
+
+main()

@@ -1,0 +1,168 @@
+"""What runs a model for decoding: a small interface, and the engine that runs it with PyTorch."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from writehead.core.cache import Store
+from writehead.core.shapes import check_shape
+from writehead.core.state import State
+from writehead.core.system import available_memory
+from writehead.model.decoder import Decoder
+from writehead.model.seq2seq import Seq2Seq
+
+PREFILL_CHUNK = 512  # tokens a row of one prefill call: bounds the activations, and larger ones gain no speed
+
+
+class Engine(Protocol):
+    """Runs one model over states of its own making, which `core.state` can select and rewind.
+
+    Tokens are int64, -1 = padding or an idle row, whose logits mean nothing. States are consumed.
+
+    Attributes:
+        name: for reports.
+        vocab: width V of the logits.
+        device: where tokens and logits live.
+        positions: how many positions exist; None = any number.
+        trained_context: tokens the model was made for; None = unknown.
+        reads_source: does `start` need a source (an encoder-decoder model)?
+        source_positions: how many positions a source may have; None = any number.
+    """
+
+    name: str
+    vocab: int
+    device: torch.device
+    positions: int | None
+    trained_context: int | None
+    reads_source: bool
+    source_positions: int | None
+
+    def start(self, tokens: Tensor, store: Store, source: Tensor | None = None) -> tuple[Tensor, State]:
+        """Prefill tokens (B, T), sources (B, S): logits (B, V) after each row's last token, and the state."""
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """One more token a row, (B,): logits (B, V) after it, and the state."""
+
+    def verify(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Several more tokens a row, (B, T): logits (B, T, V) after each of them, and the state."""
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decode step reads."""
+
+    def state_bytes(self, rows: int, context: int, store: Store) -> int:
+        """Bytes of the caches of `rows` rows after `context` tokens each, as `store` allocates them."""
+
+    def memory_bytes(self, sources: int, length: int) -> int:
+        """Bytes that cross-attention keeps of so many sources of so many tokens; 0 without an encoder."""
+
+
+class TorchEngine:
+    """Runs a `Decoder` or `Seq2Seq` as it is, eagerly; the model is switched to evaluation."""
+
+    name = "torch"
+
+    def __init__(self, model: Decoder | Seq2Seq, *, prefill_chunk: int = PREFILL_CHUNK) -> None:
+        """Wrap the model.
+
+        Args:
+            model: its weights are used in place.
+            prefill_chunk: tokens a row that one call of prefill takes; changes speed and memory, no result.
+
+        Raises:
+            ValueError: not a model that decodes, or a chunk below one token.
+        """
+        if not isinstance(model, Decoder | Seq2Seq):
+            raise ValueError(f"{type(model).__name__} cannot decode; give a Decoder or a Seq2Seq")
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1 token")
+        self.model, self.prefill_chunk = model.eval(), prefill_chunk
+        self.decoder = model.decoder if isinstance(model, Seq2Seq) else model
+        self.vocab, self.device = self.decoder.config.vocab, self.decoder.embedding.table.device
+        self.positions = self.decoder.embedding.position.max_context
+        self.trained_context = self.decoder.config.max_context
+        self.reads_source = isinstance(model, Seq2Seq)
+        self.source_positions = (
+            model.encoder.embedding.position.max_context if isinstance(model, Seq2Seq) else None
+        )
+
+    @torch.inference_mode()
+    def start(self, tokens: Tensor, store: Store, source: Tensor | None = None) -> tuple[Tensor, State]:
+        """As `Engine.start`; only the last real token of a row goes through the output matrix.
+
+        Raises:
+            ValueError: a row without tokens, or a source that is missing or out of place.
+        """
+        check_shape("tokens", tokens, "B T")
+        tokens = tokens.to(self.device)
+        T, chunk = tokens.shape[1], self.prefill_chunk
+        last = torch.where(tokens >= 0, torch.arange(T, device=self.device), -1).amax(1)
+        if int(last.min()) < 0:
+            raise ValueError(f"row {int(last.argmin())} has no token to start from")
+        state = self._empty(len(tokens), store, source)
+        ends: list[Tensor] = []
+        for first in range(0, T, chunk):
+            x, state, _ = self.decoder.hidden(tokens[:, first : first + chunk], state)
+            at = (last - first).clamp(0, x.shape[1] - 1)
+            end = x[torch.arange(len(x), device=self.device), at]
+            ends = [torch.where((last < first)[:, None], ends[0], end) if ends else end]
+        return self.decoder.logits(ends[0]), state
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """As `Engine.step`."""
+        x, state, _ = self.decoder.hidden(tokens[:, None], state)
+        return self.decoder.logits(x[:, 0]), state
+
+    @torch.inference_mode()
+    def verify(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """As `Engine.verify`."""
+        return self.decoder.step(tokens, state)
+
+    def weight_bytes(self) -> int:
+        """As `Engine.weight_bytes`: tables of which only a few rows are read are left out."""
+        embedding = self.decoder.embedding
+        tables = [*embedding.position.parameters()]
+        if embedding.output is not None:
+            tables.append(embedding.table)
+        skipped = {id(table) for table in tables}
+        return sum(p.nbytes for p in self.decoder.parameters() if id(p) not in skipped)
+
+    def state_bytes(self, rows: int, context: int, store: Store) -> int:
+        """As `Engine.state_bytes`."""
+        itemsize = self.decoder.embedding.table.itemsize
+        layers = [block.mixer.state_bytes(rows, context, itemsize, store) for block in self.decoder.blocks]
+        return 8 * rows + int(sum(layers))
+
+    def memory_bytes(self, sources: int, length: int) -> int:
+        """As `Engine.memory_bytes`."""
+        itemsize = self.decoder.embedding.table.itemsize
+        heads = (block.cross.qkv for block in self.decoder.blocks if block.cross is not None)
+        per_token = sum(2 * qkv.kv_heads * qkv.head_dim for qkv in heads)
+        return int(sources * length * per_token * itemsize)
+
+    def _empty(self, batch: int, store: Store, source: Tensor | None) -> State:
+        if isinstance(self.model, Seq2Seq):
+            if source is None or len(source) != batch:
+                given = "none" if source is None else len(source)
+                raise ValueError(
+                    f"this model reads an encoder: {batch} rows need {batch} sources; got {given}"
+                )
+            return self.model.read(source.to(self.device), store)[0]
+        if source is not None:
+            raise ValueError("a source was given, but this model has no encoder")
+        return self.model.init_state(batch, store)
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Raise if `needed` bytes are more than this machine can still give.
+
+    Raises:
+        ValueError: saying how much is needed and how much is there.
+    """
+    there = available_memory()
+    if there is not None and needed > there:
+        raise ValueError(
+            f"{what} needs {needed / 2**30:.2f} GiB, and {there / 2**30:.2f} GiB are available: "
+            "shorten the prompt or max_new_tokens, take fewer rows or beams, or store caches in int8"
+        )

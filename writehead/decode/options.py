@@ -1,0 +1,155 @@
+"""What a caller may ask of `generate`: one value, checked when it is made, with Hugging Face's names."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from writehead.core.cache import Store
+from writehead.core.shapes import check_choice
+from writehead.decode.sampling import Sampling
+
+NORMALISERS = ("power", "gnmt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to continue prompts. Greedy unless a temperature above 0 is given, which is what samples.
+
+    Attributes:
+        max_new_tokens: tokens to add at most, the one that ends a text included.
+        min_new_tokens: an end-of-sequence token is not chosen before so many tokens.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: see `Sampling`.
+        num_return_sequences: continuations of each prompt: samples, or the best beams.
+        num_beams: beams of a search; 1 is none.
+        length_penalty: a beam's log-probability is divided by the length's penalty to this power.
+        length_normaliser: "power": length; "gnmt": (5 + length) / 6 (Wu et al. 2016).
+        early_stopping: what ends a search once num_beams texts ended: True, just that; False, the best beam
+            would not win by ending now; "never" (safe, the default), no beam can win at any length.
+        eos_token_id: the tokens that end a text: one or several; None = those of the tokenizer, () = none.
+        stop_strings: strings that end a text and are not part of it; needs a tokenizer.
+        decoder_start_token_id: encoder-decoder models only: the token that the decoder starts from.
+        prompt_lookup_num_tokens: draft up to so many tokens from the text itself and verify them in one call;
+            the tokens are those of plain decoding. 0 is off.
+        cache_dtype: how caches store what they hold (see `Store`).
+
+    Raises:
+        ValueError: a value outside its range, or two that do not go together.
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    num_return_sequences: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    length_normaliser: str = "power"
+    early_stopping: bool | str = "never"
+    eos_token_id: int | Sequence[int] | None = None
+    stop_strings: Sequence[str] = ()
+    decoder_start_token_id: int | None = None
+    prompt_lookup_num_tokens: int = 0
+    cache_dtype: Any = None
+
+    def __post_init__(self) -> None:
+        for name, least in _WHOLE.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} is more than max_new_tokens={self.max_new_tokens}"
+            )
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'")
+        check_choice("length_normaliser", self.length_normaliser, NORMALISERS)
+        if isinstance(self.stop_strings, str):
+            raise ValueError(f"stop_strings={self.stop_strings!r} must be a list of strings")
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        _ = self.sampling, self.store, self.eos  # they check their values
+        self._check_beams()
+        if self.num_beams == 1 and self.num_return_sequences > 1 and self.temperature == 0:
+            raise ValueError(
+                f"num_return_sequences={self.num_return_sequences} greedy continuations would be equal: give "
+                "a temperature above 0, or num_beams"
+            )
+
+    @classmethod
+    def of(cls, options: "Options | None", values: Mapping[str, Any]) -> "Options":
+        """`options`, or the defaults, with single values replaced.
+
+        Raises:
+            ValueError: an unknown name, or what the constructor refuses.
+        """
+        for key in values:
+            if key == "do_sample":
+                raise ValueError("do_sample is implied: a temperature above 0 samples, 0 is greedy")
+            check_choice("option", key, [f.name for f in fields(cls)])
+        return replace(options or cls(), **values)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How to choose a token."""
+        return Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
+
+    @property
+    def store(self) -> Store:
+        """How caches are kept, before the capacity is known."""
+        return Store(slack=self.prompt_lookup_num_tokens, dtype=self.cache_dtype)
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        given = self.eos_token_id
+        eos = frozenset([given] if isinstance(given, int) else given or ())
+        for token in eos:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ValueError(f"eos_token_id={given!r} must hold token ids, whole numbers from 0")
+        return eos
+
+    def _check_beams(self) -> None:
+        if self.num_beams == 1:
+            for name, off in _BEAM_ONLY.items():
+                if getattr(self, name) != off:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} has no effect without beams: give num_beams"
+                    )
+            return
+        for name, off in _NOT_WITH_BEAMS.items():
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with num_beams={self.num_beams}: "
+                    "beam search takes the most probable continuations as the model gives them"
+                )
+        if self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences={self.num_return_sequences} is more than num_beams={self.num_beams}"
+            )
+
+
+_WHOLE = {
+    "max_new_tokens": 1,
+    "min_new_tokens": 0,
+    "num_return_sequences": 1,
+    "num_beams": 1,
+    "prompt_lookup_num_tokens": 0,
+}
+_BEAM_ONLY = {"length_penalty": 1.0, "length_normaliser": "power", "early_stopping": "never"}
+_NOT_WITH_BEAMS = {
+    "temperature": 0.0,
+    "repetition_penalty": 1.0,
+    "seed": None,
+    "prompt_lookup_num_tokens": 0,
+    "stop_strings": (),
+}

@@ -1,0 +1,135 @@
+"""Prompts on their way into an engine: every check that needs no computation, then one padded batch."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from writehead.core.cache import Store
+from writehead.decode.engine import Engine, check_memory
+from writehead.decode.options import Options
+from writehead.decode.result import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch that may start.
+
+    Attributes:
+        given: what the caller gave, an empty prompt replaced.
+        tokens: (R, T) what the decoder starts from, -1 = padding at the end.
+        source: (R, S) what the encoder reads, if there is one.
+        store: how caches are kept, with room for everything.
+    """
+
+    given: list[list[int]]
+    tokens: Tensor
+    source: Tensor | None
+    store: Store
+
+    @property
+    def count(self) -> int:
+        """Prompt tokens that prefill computes."""
+        return sum(map(len, self.given)) + (0 if self.source is None else len(self.given))
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens that a row of the decoder starts from, on average."""
+        return float((self.tokens >= 0).sum()) / len(self.tokens)
+
+
+def prepare(
+    engine: Engine, prompts: Sequence[Sequence[int]], options: Options, tokenizer: Tokenizer | None
+) -> Prompts:
+    """Check prompts and options against the engine and lay the prompts out.
+
+    Raises:
+        ValueError: nothing to start from, tokens or positions that do not exist, or caches beyond the memory.
+    """
+    if not len(prompts):
+        raise ValueError("no prompts: give at least one list of token ids")
+    if options.stop_strings and tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer, since a string may end in the middle of a token")
+    given = [_checked(n, prompt, engine, tokenizer) for n, prompt in enumerate(prompts)]
+    for token in options.eos:
+        if token >= engine.vocab:
+            raise ValueError(f"eos_token_id {token} is not in the vocabulary of {engine.vocab}")
+    first = _decoder_start(engine, options)
+    longest = max(map(len, given))
+    tokens, source = _padded(given), None
+    if engine.reads_source:
+        if engine.source_positions is not None and longest > engine.source_positions:
+            raise ValueError(
+                f"a source of {longest} tokens is longer than the encoder's "
+                f"{engine.source_positions} positions"
+            )
+        tokens, source = torch.full((len(given), 1), first), tokens
+    _check_context(engine, tokens.shape[1], options.max_new_tokens)
+    context = tokens.shape[1] + options.max_new_tokens
+    store = replace(options.store, capacity=context)
+    _check_size(engine, len(given), store, options, 0 if source is None else source.shape[1])
+    return Prompts(given, tokens, source, store)
+
+
+def _checked(n: int, prompt: Sequence[int], engine: Engine, tokenizer: Tokenizer | None) -> list[int]:
+    if isinstance(prompt, str | bytes | int):
+        raise ValueError(f"prompt {n} must be a list of token ids; got {type(prompt).__name__}")
+    tokens = [int(token) for token in prompt]
+    for token in tokens:
+        if not 0 <= token < engine.vocab:
+            raise ValueError(f"prompt {n}: token {token} is not in the vocabulary (0 to {engine.vocab - 1})")
+    if tokens:
+        return tokens
+    start = None if tokenizer is None else tokenizer.bos
+    if start is None:
+        raise ValueError(f"prompt {n} is empty, and there is no beginning-of-sequence token to start from")
+    return [start]
+
+
+def _decoder_start(engine: Engine, options: Options) -> int:
+    first = options.decoder_start_token_id
+    if not engine.reads_source:
+        if first is not None:
+            raise ValueError(f"decoder_start_token_id={first} was given, but this model has no encoder")
+        return -1
+    if first is None or not 0 <= first < engine.vocab:
+        raise ValueError(
+            f"decoder_start_token_id={first}: an encoder-decoder model needs the token that its decoder "
+            f"starts from (0 to {engine.vocab - 1}), often the padding token"
+        )
+    return first
+
+
+def _check_context(engine: Engine, prompt: int, new: int) -> None:
+    # The last new token is never fed back, so it takes no position.
+    needed = prompt + new - 1
+    if engine.positions is not None and needed > engine.positions:
+        room = engine.positions + 1 - prompt
+        fix = f"max_new_tokens can be at most {room}" if room > 0 else "shorten the prompt"
+        raise ValueError(
+            f"a prompt of {prompt} tokens and max_new_tokens={new} need {needed} positions, and this model "
+            f"has {engine.positions}: {fix}"
+        )
+    if engine.trained_context is not None and needed > engine.trained_context:
+        warnings.warn(
+            f"a prompt of {prompt} tokens and max_new_tokens={new} go beyond the {engine.trained_context} "
+            "tokens that this model was made for; the text may become poor",
+            stacklevel=5,
+        )
+
+
+def _check_size(engine: Engine, prompts: int, store: Store, options: Options, source: int) -> None:
+    rows = prompts * max(options.num_beams, options.num_return_sequences)
+    # Dropping, repeating and reordering rows makes a copy while the original lives.
+    copies = 1 if rows == 1 else 2
+    caches = copies * engine.state_bytes(rows, store.capacity, store) + engine.memory_bytes(prompts, source)
+    width = 1 + options.prompt_lookup_num_tokens
+    logits = 4 * 4 * rows * width * engine.vocab  # the logits and what choosing makes of them, float32
+    check_memory(caches + logits, f"decoding {rows} rows of {store.capacity} tokens")
+
+
+def _padded(rows: list[list[int]]) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [-1] * (longest - len(row)) for row in rows])
