@@ -98,8 +98,7 @@ def _config(architecture: str, file: GGUF) -> ModelConfig:
     fields = Fields({key: _plain(value) for key, value in own.items()}, f"metadata {architecture}")
     dim, depth = fields.whole("embedding_length", REQUIRED), fields.whole("block_count", REQUIRED)
     heads = fields.whole("attention.head_count", REQUIRED)
-    head_dim = fields.maybe_whole("attention.key_length") or fields.maybe_whole("rope.dimension_count")
-    head_dim = head_dim or max(1, dim // heads)
+    head_dim = fields.maybe_whole("attention.key_length") or max(1, dim // heads)
     for key in ("rope.dimension_count", "attention.value_length"):
         if fields.take(key, head_dim) != head_dim:
             raise ValueError(f"{key}={shown(fields.take(key, None))} must be the width of a head, {head_dim}")
@@ -219,4 +218,5 @@ def open_model(file: GGUF, dtype: torch.dtype = torch.float32) -> Checkpoint:
         BadFile: a model that we do not have.
     """
     architecture, config = read_config(file)
-    return Checkpoint(config, rules(architecture, config), Decoded(file, dtype), (FACTORS,), views=False)
+    side = max(size for info in file.tensors.values() for size in info.shape)
+    return Checkpoint(config, rules(architecture, config), Decoded(file, dtype), side, (FACTORS,))
