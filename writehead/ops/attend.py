@@ -64,7 +64,8 @@ def attend(
     if plain:
         return _exact(q, k, v, _additive(mask, bias, causal, q, S), scale)
     X = H // G
-    if X == 1 or (X * T > FOLD and (causal or mask is not None or bias is not None)):
+    limited = causal or mask is not None or bias is not None
+    if T > 1 and (X == 1 or (X * T > FOLD and limited)):
         return _each_member(q, k, v, mask, bias, causal, scale)
     return _folded(q, k, v, _additive(mask, bias, causal, q, S), scale)
 
@@ -116,15 +117,15 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) 
 
 def _folded(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """All queries that share a key/value head as the rows of one product."""
-    (B, T, H, D), G = q.shape, k.shape[2]
+    (B, T, H, D), S, G = q.shape, *k.shape[1:3]
     X = H // G
     if T == 1:
-        added = added if added is None or added.shape[1] == 1 else added.view(-1, G, X, added.shape[-1])
+        added = added if added is None or added.shape[1] == 1 else added.reshape(-1, G, X, S)
         y, lse = _flash(q.view(B, G, X, D), k.transpose(1, 2), v.transpose(1, 2), added, False, scale)
         return y.reshape(B, 1, H, D), lse.reshape(B, 1, H)
     rows = q.unflatten(2, (G, X)).permute(0, 2, 3, 1, 4).reshape(B, G, X * T, D)
     if added is not None:
-        R, A, _, S = added.shape
+        R, A = added.shape[:2]
         added = added.unflatten(1, (G, X)) if A == H else added[:, :, None].expand(R, A, X, T, S)
         added = added.expand(-1, -1, X, T, S).reshape(R, -1, X * T, S)
     y, lse = _flash(rows, k.transpose(1, 2), v.transpose(1, 2), added, False, scale)
