@@ -55,7 +55,11 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, reach: Reach, store: "Store") -> "Layout":
         """The layout that keeps what the pattern's reach says, and the store's slack."""
-        return cls(0, None, 0) if reach.window is None else cls(reach.lead, reach.window, store.slack)
+        if reach.window is None:
+            return cls(0, None, 0)
+        return cls(
+            reach.lead, max(1, reach.window), store.slack
+        )  # a ring has a slot, also if nothing is read
 
     @property
     def limit(self) -> int | None:
@@ -327,7 +331,7 @@ def _forget(pos: Tensor, n: Tensor, layout: Layout) -> Tensor:
         there = ((pos >= oldest[:, None]) & (pos < keep[:, None])).sum(1)
         if bool((there < keep - oldest).any()):
             raise CannotRewind(
-                f"a ring of window {layout.window} and slack {layout.slack} can take back {layout.slack} "
-                f"tokens, not {int(n.max())}; create its state with Store(slack={int(n.max())})"
+                f"a ring of window {layout.window} and slack {layout.slack} no longer holds what was read before "
+                f"the last {int(n.max())} tokens; create its state with Store(slack={int(n.max())})"
             )
     return torch.where(pos < keep[:, None], pos, -1)

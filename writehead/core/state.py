@@ -128,7 +128,9 @@ def rewind(state: S, n: int | Tensor, once: Once | None = None) -> S:
         CannotRewind: some part of the state only keeps a summary of its past, or forgot what it would need.
     """
     once = once or Once()
-    first = next(tensors(state))
+    first = next(tensors(state), None)
+    if first is None:
+        return state
     count = torch.full((len(first),), n, device=first.device) if isinstance(n, int) else n
     if int(count.min()) < 0:
         raise ValueError(f"n={n} must not be negative")
