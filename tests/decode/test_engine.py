@@ -109,7 +109,12 @@ def test_a_table_that_is_only_looked_up_does_not_count_as_read() -> None:
 
 def test_the_engine_knows_the_models_limits() -> None:
     engine = TorchEngine(decoder(position="learned", max_context=32))
-    assert (engine.vocab, engine.positions, engine.trained_context, engine.reads_source) == (11, 64, 32, False)
+    assert (engine.vocab, engine.positions, engine.trained_context, engine.reads_source) == (
+        11,
+        64,
+        32,
+        False,
+    )
     assert TorchEngine(seq2seq()).reads_source
     assert TorchEngine(decoder()).positions is None
 

@@ -1,4 +1,4 @@
-"""Greedy and sampled decoding: equal to the definition, to rescoring and to itself in every batch; and its refusals."""
+"""Greedy and sampled decoding: equal to the definition, to rescoring and to itself in every batch; refusals."""
 
 from typing import Any
 
@@ -125,7 +125,12 @@ def test_a_text_ends_with_its_end_token_or_at_the_limit() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_text_ends_before_its_least_length(temperature: float) -> None:
-    values: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": [0, END], "temperature": temperature, "seed": 1}
+    values: dict[str, Any] = {
+        "max_new_tokens": 20,
+        "eos_token_id": [0, END],
+        "temperature": temperature,
+        "seed": 1,
+    }
     free = generate(decoder(), PROMPTS, **values)
     held = generate(decoder(), PROMPTS, min_new_tokens=5, **values)
     assert min(len(g.tokens) for g in free) < 5
@@ -267,7 +272,9 @@ def test_an_empty_prompt_starts_from_the_beginning_of_sequence_token() -> None:
     started = generate(decoder(), [[]], max_new_tokens=5, tokenizer=Letters())[0]
     assert started.tokens == generate(decoder(), [[1]], max_new_tokens=5, tokenizer=Letters())[0].tokens
     for tokenizer in (None, Bare()):
-        with pytest.raises(ValueError, match="prompt 1 is empty, and there is no beginning-of-sequence token"):
+        with pytest.raises(
+            ValueError, match="prompt 1 is empty, and there is no beginning-of-sequence token"
+        ):
             generate(decoder(), [[1], []], tokenizer=tokenizer)
 
 
@@ -304,9 +311,13 @@ def test_logits_that_are_no_numbers_stop_decoding() -> None:
 
 def test_positions_that_end_are_checked_before_anything_is_computed() -> None:
     engine = Counting(decoder(position="learned"))
-    assert len(generate(engine, [[1] * 60], max_new_tokens=5)[0].tokens) == 5  # the last one takes no position
+    assert (
+        len(generate(engine, [[1] * 60], max_new_tokens=5)[0].tokens) == 5
+    )  # the last one takes no position
     engine.prefilled = 0
-    with pytest.raises(ValueError, match=r"need 65 positions, and this model has 64: max_new_tokens can be at most 5"):
+    with pytest.raises(
+        ValueError, match=r"need 65 positions, and this model has 64: max_new_tokens can be at most 5"
+    ):
         generate(engine, [[1], [1] * 60], max_new_tokens=6)
     with pytest.raises(ValueError, match="has 64: shorten the prompt"):
         generate(engine, [[1] * 65], max_new_tokens=1)
@@ -325,7 +336,9 @@ def test_a_context_that_does_not_fit_in_memory_is_refused_first(monkeypatch: pyt
     engine = Counting(decoder())
     needed = 2 * engine.state_bytes(4, 10**9 + 7, Options(max_new_tokens=10**9).store)
     monkeypatch.setattr(engines, "available_memory", lambda: needed // 2)
-    with pytest.raises(ValueError, match=r"decoding 4 rows of 1000000007 tokens needs .* GiB, and .* GiB are av"):
+    with pytest.raises(
+        ValueError, match=r"decoding 4 rows of 1000000007 tokens needs .* GiB, and .* GiB are av"
+    ):
         generate(engine, PROMPTS, max_new_tokens=10**9)
     assert engine.prefilled == 0
 
@@ -341,7 +354,7 @@ def test_a_context_that_does_not_fit_in_memory_is_refused_first(monkeypatch: pyt
         ([[1]], {"stop_strings": "a"}, "stop_strings='a' must be a list of strings"),
         ([[1]], {"eos_token_id": 11}, "eos_token_id 11 is not in the vocabulary of 11"),
         ([[1]], {"eos_token_id": [-1]}, "must hold token ids, whole numbers from 0"),
-        ([[1]], {"decoder_start_token_id": 1}, "decoder_start_token_id=1 was given, but this model has no encoder"),
+        ([[1]], {"decoder_start_token_id": 1}, "=1 was given, but this model has no encoder"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number of at least 1"),
         ([[1]], {"max_new_tokens": 4, "min_new_tokens": 5}, "min_new_tokens=5 is more than max_new_tokens=4"),
         ([[1]], {"max_tokens": 4}, "unknown option 'max_tokens'; did you mean 'max_new_tokens'"),
@@ -351,12 +364,12 @@ def test_a_context_that_does_not_fit_in_memory_is_refused_first(monkeypatch: pyt
         ([[1]], {"length_penalty": 0.6}, "length_penalty=0.6 has no effect without beams"),
         ([[1]], {"early_stopping": True}, "early_stopping=True has no effect without beams"),
         ([[1]], {"num_beams": 2, "temperature": 0.5}, "temperature=0.5 does not go with num_beams=2"),
-        ([[1]], {"num_beams": 2, "repetition_penalty": 1.5}, "repetition_penalty=1.5 does not go with num_beams=2"),
-        ([[1]], {"num_beams": 2, "stop_strings": ["a"]}, r"stop_strings=\('a',\) does not go with num_beams=2"),
-        ([[1]], {"num_beams": 2, "prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2 does not go with"),
-        ([[1]], {"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 is more than num_beams=2"),
-        ([[1]], {"num_beams": 2, "early_stopping": "always"}, "early_stopping='always' must be True, False or 'never'"),
-        ([[1]], {"num_beams": 2, "length_normaliser": "gnm"}, "unknown length_normaliser 'gnm'; did you mean 'gnmt'"),
+        ([[1]], {"num_beams": 2, "repetition_penalty": 1.5}, "repetition_penalty=1.5 does not go with num_beams"),
+        ([[1]], {"num_beams": 2, "stop_strings": ["a"]}, r"stop_strings=\('a',\) does not go with"),
+        ([[1]], {"num_beams": 2, "prompt_lookup_num_tokens": 2}, "num_tokens=2 does not go with num_beams"),
+        ([[1]], {"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 is more than num_beams"),
+        ([[1]], {"num_beams": 2, "early_stopping": "always"}, "='always' must be True, False or 'never'"),
+        ([[1]], {"num_beams": 2, "beam_rule": "gnm"}, "unknown beam_rule 'gnm'; did you mean 'gnmt'"),
         ([[1]], {"cache_dtype": torch.int32}, "cache dtype torch.int32 is not accepted"),
     ],
 )  # fmt: skip
@@ -375,7 +388,9 @@ def test_beams_cannot_be_streamed() -> None:
 
 
 def test_an_encoder_decoder_model_needs_its_start_token_and_a_source_that_fits() -> None:
-    with pytest.raises(ValueError, match="decoder_start_token_id=None: an encoder-decoder model needs the token"):
+    with pytest.raises(
+        ValueError, match="decoder_start_token_id=None: an encoder-decoder model needs the token"
+    ):
         generate(seq2seq(), [[1]])
     model = seq2seq()
     model.encoder.embedding.position.max_context = 3

@@ -172,5 +172,3 @@ def test_drafts_shrink_when_they_fail_and_grow_when_they_hold() -> None:
     for drafted, expected in ((1, 2), (2, 4), (4, 8), (8, 8)):
         lookup.judge(drafted, drafted)
         assert len(lookup.draft(8)) == expected
-
-

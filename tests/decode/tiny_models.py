@@ -30,7 +30,7 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1], [2, 3]]
 
 
 def spread(model: nn.Module, seed: int) -> Any:
-    """The same model in float64 with weights large enough that its next token depends on everything before."""
+    """The same model in float64 with weights so large that a next token depends on all before."""
     generator = torch.Generator().manual_seed(seed)
     model = model.double().eval()
     with torch.no_grad():
@@ -56,9 +56,7 @@ def seq2seq(seed: int = 2) -> Seq2Seq:
     """An encoder-decoder with grouped cross-attention."""
     encoder = config("bidirectional", "sinusoidal", kind="encoder")
     cross = {"name": "cross", "heads": 4, "kv_heads": 2}
-    return spread(
-        Seq2Seq(config("mqa", "sinusoidal", kind="seq2seq", cross=cross, encoder=encoder)), seed
-    )
+    return spread(Seq2Seq(config("mqa", "sinusoidal", kind="seq2seq", cross=cross, encoder=encoder)), seed)
 
 
 def next_logprobs(model: Decoder | Seq2Seq, tokens: Sequence[int], source: Sequence[int] = ()) -> Tensor:
