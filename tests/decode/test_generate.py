@@ -1,4 +1,4 @@
-"""Greedy and sampled decoding: equal to the definition, to rescoring and to itself in every batch; refusals."""
+"""Greedy and sampled decoding: equal to the definition, to rescoring and to itself in every batch."""
 
 from typing import Any
 
@@ -364,7 +364,7 @@ def test_a_context_that_does_not_fit_in_memory_is_refused_first(monkeypatch: pyt
         ([[1]], {"length_penalty": 0.6}, "length_penalty=0.6 has no effect without beams"),
         ([[1]], {"early_stopping": True}, "early_stopping=True has no effect without beams"),
         ([[1]], {"num_beams": 2, "temperature": 0.5}, "temperature=0.5 does not go with num_beams=2"),
-        ([[1]], {"num_beams": 2, "repetition_penalty": 1.5}, "repetition_penalty=1.5 does not go with num_beams"),
+        ([[1]], {"num_beams": 2, "repetition_penalty": 1.5}, "penalty=1.5 does not go with num_beams"),
         ([[1]], {"num_beams": 2, "stop_strings": ["a"]}, r"stop_strings=\('a',\) does not go with"),
         ([[1]], {"num_beams": 2, "prompt_lookup_num_tokens": 2}, "num_tokens=2 does not go with num_beams"),
         ([[1]], {"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 is more than num_beams"),
