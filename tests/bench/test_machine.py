@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from writehead.bench import machine as machines
-from writehead.bench import system
 from writehead.bench.machine import Roofs, git_state, machine, matmul_rate, read_bandwidth, roofline_seconds
+from writehead.core import system
 
 MEBI = 2**20
 ROOFS = Roofs({16 * MEBI: 40e9, 64 * MEBI: 20e9}, {"float32": {1: 5e9, 2048: 100e9}}, 2)

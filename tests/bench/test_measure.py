@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from writehead.bench import measure, system
+from writehead.bench import measure
 from writehead.bench.measure import CaseError, Sample, Timing, alternate, quartiles, turn, write_record
 from writehead.bench.worker import Worker
+from writehead.core import system
 
 
 class Clock:

@@ -7,8 +7,9 @@ from torch import nn
 
 from writehead.core.cache import Store
 from writehead.core.state import nbytes, tensors
+from writehead.core.system import available_memory
 from writehead.decode import engine as engines
-from writehead.decode.engine import TorchEngine, available_memory, check_memory
+from writehead.decode.engine import TorchEngine, check_memory
 from writehead.mixers.cross import Memory
 from writehead.model.encoder import Encoder
 

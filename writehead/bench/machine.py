@@ -20,7 +20,8 @@ import torch
 from torch.nn import functional as F
 
 import writehead
-from writehead.bench import system
+from writehead.core import system
+from writehead.core.system import available_memory
 from writehead.version import VERSION
 
 WORKING_SETS = tuple(2**20 * size for size in (16, 64, 128, 256, 512, 1024))
@@ -200,11 +201,6 @@ def roofs(threads: int | None = None, largest: int = WORKING_SETS[-1]) -> Roofs:
         for dtype, square in SQUARE.items()
     }
     return Roofs(bandwidth, matmul, threads)
-
-
-def available_memory() -> int | None:
-    """Bytes that can still be allocated, within the control group's limit too; None where unknown."""
-    return system.available_memory()
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from writehead.bench import system
 from writehead.bench.machine import machine
 from writehead.bench.worker import CaseError
+from writehead.core import system
 
 Case = Callable[[], float | None]
 Progress = Callable[[str, int, int], None]

@@ -97,6 +97,7 @@ class Transformers:
         return str(built(Path(folder) / (Path(gguf).stem + "-float32"), build))
 
     def prepare(self, directory: str, gguf: str | None, folder: str, dtype: str) -> str:
+        accepted(dtype, self.formats, self.package)
         return directory
 
     def load(self, path: str, dtype: str, threads: int, attention: str = "auto") -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """What commands print: tables for people, one JSON value for programs."""
 
+import errno
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -42,3 +44,17 @@ def count(number: float) -> str:
             return f"{number:.4g}{unit}"
         number /= 1000
     return f"{number:.4g} T"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written.
+    """
+    from writehead.convert.files import replacing
+
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder to write into", str(path.parent))
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)

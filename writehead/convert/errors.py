@@ -4,7 +4,7 @@ import stat
 from pathlib import Path
 
 
-class BadFile(ValueError):  # noqa: N818 (reads as the sentence it raises)
+class BadFile(ValueError):
     """A file that cannot be used; the message names the file, what is wrong and what was expected."""
 
     def __init__(self, path: Path | str, problem: str) -> None:

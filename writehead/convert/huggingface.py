@@ -22,7 +22,6 @@ from writehead.convert.families.base import (
 from writehead.convert.rules import Checkpoint, save_weights
 from writehead.core.pattern import from_spec, to_spec
 from writehead.core.shapes import check_choice
-from writehead.version import VERSION
 
 # model_type -> file in families/; the order is that in which `write_config` tries them
 FILES: Mapping[str, str] = {
@@ -90,8 +89,10 @@ def write_config(config: ModelConfig, model_type: str | None = None) -> tuple[Fa
             values = {"model_type": kind, "architectures": [one.architecture], **one.write(config)}
             _, back = read_config(values)
             differences = list(_differences(config, back))
-        except (ValueError, KeyError, StopIteration) as error:
-            differences = [str(error) or "it lacks a part"]
+        except KeyError as error:
+            differences = [f"none of the model's parts has the argument {error} of this family's"]
+        except ValueError as error:
+            differences = [str(error)]
         if not differences:
             return one, values
         against.append(f"{kind}: {differences[0]}")
@@ -121,7 +122,7 @@ def to_huggingface(
     """
     found, values = write_config(config, model_type)
     name = str(next(iter(ours.values())).dtype).removeprefix("torch.")
-    values |= {"dtype": name, "torch_dtype": name, "writehead_version": VERSION}
+    values |= {"dtype": name, "torch_dtype": name}
     return values, save_weights(found.rules(config), ours, config)
 
 

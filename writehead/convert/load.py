@@ -131,7 +131,7 @@ def find(name: str | Path) -> Path:
     if str(name) in PACKAGES:
         return _packaged(str(name))
     path = Path(name)
-    if path.is_dir() or path.suffix == ".gguf" and path.exists():
+    if path.is_dir() or (path.suffix == ".gguf" and path.exists()):
         return path
     if path.exists():
         raise ValueError(

@@ -19,7 +19,7 @@ from writehead.convert.errors import shown
 SHOWN = 6  # names listed of each kind of leftover
 
 
-class BadWeights(ValueError):  # noqa: N818 (reads as the sentence it raises)
+class BadWeights(ValueError):
     """Tensors that do not make the model which the config describes."""
 
 

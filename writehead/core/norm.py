@@ -1,4 +1,4 @@
-"""RMS normalisation in few operations: a decode step on a CPU spends more time starting small ones than in them."""
+"""RMS normalisation in few operations: on a CPU a decode step mostly waits for small ones to start."""
 
 import torch
 from torch import Tensor, nn

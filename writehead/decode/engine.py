@@ -1,7 +1,5 @@
 """What runs a model for decoding: a small interface, and the engine that runs it with PyTorch."""
 
-import os
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor
 from writehead.core.cache import Store
 from writehead.core.shapes import check_shape
 from writehead.core.state import State
+from writehead.core.system import available_memory
 from writehead.model.decoder import Decoder
 from writehead.model.seq2seq import Seq2Seq
 
@@ -167,23 +166,3 @@ def check_memory(needed: int, what: str) -> None:
             f"{what} needs {needed / 2**30:.2f} GiB, and {there / 2**30:.2f} GiB are available: "
             "shorten the prompt or max_new_tokens, take fewer rows or beams, or store caches in int8"
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that can still be allocated, within the control group's limit; None where unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError):
-            return None
-    try:
-        limit, used = (
-            int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii"))
-            for name in ("memory.max", "memory.current")
-        )
-    except (OSError, ValueError):  # no control group, or "max"
-        return free
-    return min(free, limit - used)

@@ -2,7 +2,7 @@
 
 Paper     Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need", arXiv:1911.02150
           (kv_heads = 1); Ainslie et al. 2023, "GQA", arXiv:2305.13245; Vaswani et al. 2017, arXiv:1706.03762
-          (kv_heads = heads)
+          (kv_heads = heads); Xiao et al. 2023, arXiv:2309.17453 (window and sinks)
 Equation  y_t = sum_s softmax_s(scale q_t.k_s + bias(t, s)) v_s over the keys s that the pattern allows
 State     keys and values of the tokens that later ones may read: 2 G D values and a position a slot
           (core/cache.py)

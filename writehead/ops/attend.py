@@ -64,7 +64,8 @@ def attend(
     if plain:
         return _exact(q, k, v, _additive(mask, bias, causal, q, S), scale)
     X = H // G
-    if X == 1 or (X * T > FOLD and (causal or mask is not None or bias is not None)):
+    limited = causal or mask is not None or bias is not None
+    if T > 1 and (X == 1 or (X * T > FOLD and limited)):
         return _each_member(q, k, v, mask, bias, causal, scale)
     return _folded(q, k, v, _additive(mask, bias, causal, q, S), scale)
 
@@ -77,9 +78,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """
     if torch.is_grad_enabled() and any(y.requires_grad and not lse.requires_grad for y, lse in parts):
         raise ValueError("merging under autograd needs an lse with a gradient: call attend(..., exact=True)")
-    lses = torch.stack([lse for _, lse in parts])
-    lse = torch.logsumexp(lses, 0)
-    weights = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0))
+    weights, lse = _softmax(torch.stack([lse for _, lse in parts]), 0)
     y = sum(w[..., None] * part for w, (part, _) in zip(weights.to(parts[0][0].dtype), parts, strict=True))
     assert isinstance(y, Tensor)
     return y, lse
@@ -97,29 +96,36 @@ def _additive(mask: Tensor | None, bias: Tensor | None, causal: bool, q: Tensor,
     return torch.where(mask, base, -torch.inf)
 
 
+def _softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Weights and log-sum-exp; 0, -inf and no gradient where every score is -inf (torch's give NaN)."""
+    top = scores.detach().amax(dim, keepdim=True)
+    shares = torch.exp(scores - top.masked_fill(top == -torch.inf, 0))
+    total = shares.sum(dim, keepdim=True).masked_fill(top == -torch.inf, 1)
+    return shares / total, (total.log() + top).squeeze(dim)
+
+
 def _exact(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     (B, T, H, D), G = q.shape, k.shape[2]
     rows = q.unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).reshape(B, G, -1, D)
     scores = (rows @ k.permute(0, 2, 3, 1)).reshape(B, H, T, -1) * scale
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = scores.to(wide) if added is None else scores.to(wide) + added.to(wide)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).to(v.dtype)
-    y = weights.reshape(B, G, -1, weights.shape[-1]) @ v.transpose(1, 2)
+    weights, lse = _softmax(scores, -1)
+    y = weights.to(v.dtype).reshape(B, G, -1, weights.shape[-1]) @ v.transpose(1, 2)
     return y.reshape(B, H, T, -1).transpose(1, 2).to(q.dtype), lse.transpose(1, 2)
 
 
 def _folded(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """All queries that share a key/value head as the rows of one product."""
-    (B, T, H, D), G = q.shape, k.shape[2]
+    (B, T, H, D), S, G = q.shape, *k.shape[1:3]
     X = H // G
     if T == 1:
-        added = added if added is None or added.shape[1] == 1 else added.view(-1, G, X, added.shape[-1])
+        added = added if added is None or added.shape[1] == 1 else added.reshape(-1, G, X, S)
         y, lse = _flash(q.view(B, G, X, D), k.transpose(1, 2), v.transpose(1, 2), added, False, scale)
         return y.reshape(B, 1, H, D), lse.reshape(B, 1, H)
     rows = q.unflatten(2, (G, X)).permute(0, 2, 3, 1, 4).reshape(B, G, X * T, D)
     if added is not None:
-        R, A, _, S = added.shape
+        R, A = added.shape[:2]
         added = added.unflatten(1, (G, X)) if A == H else added[:, :, None].expand(R, A, X, T, S)
         added = added.expand(-1, -1, X, T, S).reshape(R, -1, X * T, S)
     y, lse = _flash(rows, k.transpose(1, 2), v.transpose(1, 2), added, False, scale)

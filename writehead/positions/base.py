@@ -1,4 +1,13 @@
-"""The interface of position schemes: each overrides one of four methods, the others change nothing."""
+"""The interface of position schemes: each overrides one of four methods, the others change nothing ("none").
+
+Paper     Haviv et al. 2022, "Transformer Language Models without Positional Encodings Still Learn Positional
+          Information", arXiv:2203.16634
+Equation  score(q, k) = q.k / sqrt(D): a causal model can tell order by how many tokens each one reads
+State     none
+Cost      none
+Decodes   exactly, at any position
+Differs   nothing; an encoder without positions is refused, since it could not tell order
+"""
 
 import torch
 from torch import Tensor, nn

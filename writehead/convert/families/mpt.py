@@ -5,9 +5,8 @@ from typing import Any
 
 from writehead.config import ModelConfig
 from writehead.convert.errors import shown
-from writehead.convert.families.base import REQUIRED, Family, Fields, mixer_of, position_of, stack_of
+from writehead.convert.families.base import REQUIRED, Family, Fields, mixer_of, stack_of
 from writehead.convert.rules import Rule
-from writehead.positions.alibi import slopes
 
 LAYER = "stack.blocks.{layer}."
 THEIRS = "transformer.blocks.{layer}."
@@ -31,10 +30,8 @@ def _rules(config: ModelConfig) -> tuple[Rule, ...]:
 def _read(fields: Fields, names: Collection[str] | None) -> ModelConfig:
     dim = fields.whole("d_model", REQUIRED, "hidden_size")
     heads = fields.whole("n_heads", REQUIRED, "num_attention_heads")
-    if dim % heads or heads > 1 << 16:
-        raise ValueError(
-            f"{fields.what}: d_model={dim} is not a multiple of n_heads={heads} (up to {1 << 16})"
-        )
+    if dim % heads:
+        raise ValueError(f"{fields.what}: d_model={dim} is not a multiple of n_heads={heads}")
     given = fields.take("attn_config", {})
     if not isinstance(given, dict):
         raise ValueError(f"{fields.what}: attn_config={shown(given)} must be an object")
@@ -42,8 +39,7 @@ def _read(fields: Fields, names: Collection[str] | None) -> ModelConfig:
     mixer: dict[str, Any] = {"name": "mha", "heads": heads}
     if attention.take("softmax_scale", None) is not None:
         mixer["scale"] = attention.number("softmax_scale", None)
-    position = _position(attention, heads)
-    attention.done()
+    _check_attention(attention)
     for key, accepted in (
         ("expansion_ratio", (4,)), ("logit_scale", (None,)), ("no_bias", (True,)),
         ("norm_type", ("low_precision_layernorm", "layernorm")),
@@ -57,7 +53,7 @@ def _read(fields: Fields, names: Collection[str] | None) -> ModelConfig:
         depth=fields.whole("n_layers", REQUIRED, "num_hidden_layers"),
         mixer=mixer,
         feedforward={"name": "dense", "hidden": 4 * dim, "activation": "gelu"},
-        position=position,
+        position={"name": "alibi"},
         stack={
             "name": "residual",
             "norm": "layer_no_bias",
@@ -68,29 +64,20 @@ def _read(fields: Fields, names: Collection[str] | None) -> ModelConfig:
     )
 
 
-def _position(attention: Fields, heads: int) -> dict[str, Any]:
+def _check_attention(attention: Fields) -> None:
+    """Raise unless the keys about attention mean ALiBi over causal multi-head attention."""
     for key, accepted in (
         ("attn_type", ("multihead_attention",)), ("alibi", (True,)), ("clip_qkv", (None, 0, 0.0)),
         ("prefix_lm", (False,)), ("qk_ln", (False,)), ("attn_uses_sequence_id", (False,)),
+        ("alibi_bias_max", (8,)),  # transformers passes over other values, which the authors' code does not
     ):  # fmt: skip
         attention.only(key, *accepted)
-    attention.ignore("attn_impl", "attn_pdrop")
-    largest = attention.whole("alibi_bias_max", 8)
-    return (
-        {"name": "alibi"} if largest == 8 else {"name": "alibi", "slopes_of_heads": _slopes(heads, largest)}
-    )
-
-
-def _slopes(heads: int, largest: int) -> list[float]:
-    """Slopes whose exponents end at `largest` instead of 8."""
-    return [slope ** (largest / 8) for slope in slopes(heads)]
+    attention.ignore("attn_impl")
+    attention.done()
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    mixer, given = mixer_of(config, 0), position_of(config).get("slopes_of_heads")
-    largest = 8
-    if given is not None:
-        largest = next((one for one in range(1, 65) if _slopes(mixer["heads"], one) == list(given)), 8)
+    mixer = mixer_of(config, 0)
     return {
         "d_model": config.dim,
         "n_heads": mixer["heads"],
@@ -100,7 +87,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "layer_norm_epsilon": stack_of(config)["eps"],
         "tie_word_embeddings": config.tie_embeddings,
         "learned_pos_emb": False,
-        "attn_config": {"alibi": True, "alibi_bias_max": largest, "softmax_scale": mixer["scale"]},
+        "attn_config": {"alibi": True, "softmax_scale": mixer["scale"]},
     }
 
 

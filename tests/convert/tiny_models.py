@@ -1,0 +1,121 @@
+"""Tiny random models of every family, made by transformers: one of each kind of checkpoint that differs for us."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "max_position_embeddings": 64,
+}
+GPT: dict[str, Any] = {"vocab_size": 97, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64}
+FALCON = {
+    key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "intermediate_size")
+}
+T5: dict[str, Any] = {
+    "vocab_size": 97, "d_model": 48, "d_kv": 10, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 6,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
+}  # fmt: skip
+
+
+def rope(**given: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 5000.0, **given}}
+
+
+YARN = rope(
+    rope_type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=16,
+    beta_fast=20.0,
+    mscale=0.7,
+    mscale_all_dim=0.9,
+)
+LLAMA3 = rope(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", SMALL | {"tie_word_embeddings": True}),
+    "llama, untied, all biases": ("Llama", SMALL | {"attention_bias": True, "mlp_bias": True}),
+    "llama, wide heads, linear scaling": (
+        "Llama",
+        SMALL | {"head_dim": 12} | rope(rope_type="linear", factor=2.0),
+    ),
+    "llama, yarn": ("Llama", SMALL | YARN),
+    "llama, llama3 scaling": ("Llama", SMALL | LLAMA3),
+    "mistral, window": ("Mistral", SMALL | {"sliding_window": 4}),
+    "mistral, no window": ("Mistral", SMALL | {"sliding_window": None}),
+    "qwen2": ("Qwen2", SMALL | {"tie_word_embeddings": True}),
+    "qwen2, window in some layers": (
+        "Qwen2",
+        SMALL | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", SMALL | {"head_dim": 12, "attention_bias": True}),
+    "gemma, one write-head": ("Gemma", SMALL | {"num_key_value_heads": 1, "head_dim": 12}),
+    "gpt2": ("GPT2", GPT),
+    "gpt2, untied, other scales": (
+        "GPT2",
+        GPT | {"tie_word_embeddings": False, "scale_attn_by_inverse_layer_idx": True, "n_inner": 60},
+    ),
+    "gpt2, unscaled scores": ("GPT2", GPT | {"scale_attn_weights": False, "activation_function": "relu"}),
+    "gpt_bigcode, one write-head": ("GPTBigCode", GPT),
+    "gpt_bigcode, own heads": ("GPTBigCode", GPT | {"multi_query": False}),
+    "falcon, one write-head": ("Falcon", FALCON),
+    "falcon, own heads, in sequence": (
+        "Falcon",
+        FALCON | {"multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+    "falcon, alibi": ("Falcon", FALCON | {"alibi": True, "num_attention_heads": 8, "bias": True}),
+    "falcon, new architecture": (
+        "Falcon",
+        FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 100},
+    ),
+    "falcon, new architecture, one norm": (
+        "Falcon",
+        FALCON | {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1},
+    ),
+    "bloom": ("Bloom", {"vocab_size": 97, "hidden_size": 48, "n_layer": 3, "n_head": 6}),
+    "mpt": ("Mpt", {"vocab_size": 97, "d_model": 48, "n_layers": 3, "n_heads": 6, "max_seq_len": 64}),
+    "mpt, other scale": (
+        "Mpt",
+        {
+            "vocab_size": 97, "d_model": 48, "n_layers": 3, "n_heads": 6, "max_seq_len": 64,
+            "attn_config": {"softmax_scale": 0.3},
+        },
+    ),
+    "t5": ("T5", T5),
+    "t5, version 1.1": ("T5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+}  # fmt: skip
+DECODERS = [name for name in CASES if not name.startswith("t5")]
+SEQ2SEQ = [name for name in CASES if name.startswith("t5")]
+
+
+def make(case: str, **changes: Any) -> transformers.PreTrainedModel:
+    """The random model of a case in float32; every parameter is random, norms and biases too."""
+    kind, values = CASES[case]
+    config = getattr(transformers, f"{kind}Config")(**{**values, **changes})
+    heads: dict[str, Callable[..., Any]] = {
+        "GPT2": transformers.GPT2LMHeadModel,
+        "T5": transformers.T5ForConditionalGeneration,
+    }
+    torch.manual_seed(len(case))
+    model = heads.get(kind, getattr(transformers, f"{kind}ForCausalLM", None))(config).eval()
+    if case == "t5, version 1.1":  # transformers 5 ties what 1.1 does not
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            shift = 1.0 if "norm" in name or "ln_" in name else 0.0
+            shift = 0.0 if kind == "Gemma" else shift
+            parameter.copy_(torch.randn(parameter.shape) * 0.15 + shift * (parameter.dim() == 1))
+    return model
