@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-import torch
-
 from writehead.catalog import FEEDFORWARDS, argument
 from writehead.config import ModelConfig
+from writehead.convert.build import blank
 from writehead.core.cache import KV, Layout, Store
 from writehead.core.work import Call, Work, values
 from writehead.mixers.cross import Cross
@@ -80,9 +79,7 @@ def skeleton(config: ModelConfig) -> Model:
     Raises:
         ValueError: a config whose parts do not fit together.
     """
-    kinds: dict[str, type[Model]] = {"decoder": Decoder, "encoder": Encoder, "seq2seq": Seq2Seq}
-    with torch.device("meta"):
-        return kinds[config.kind](config)
+    return cast(Model, blank(config))
 
 
 def parameters(model: Model) -> int:
@@ -195,7 +192,7 @@ def _around(model: Decoder | Encoder, call: Call) -> Work:
     if isinstance(model, Encoder):
         return Work(weights=weights + lookup)
     weights += V * X + (0 if own.output is None else lookup) + (0 if own.bias is None else V)
-    return Work(flops=2 * call.rows * V * X, weights=weights)
+    return Work(flops=2 * call.asked * V * X, weights=weights)
 
 
 def _position_values(scheme: Scheme, call: Call) -> int:

@@ -21,6 +21,9 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "demo": Verb(
+        "writehead.cli.demo:command", "Decode the embedded model, and measure what head sharing buys."
+    ),
     "generate": Verb("writehead.cli.generate:command", "Continue a prompt with a model, token by token."),
     "plan": Verb("writehead.cli.plan:command", "What a model costs: memory, bytes and time of a token."),
     "systems": Verb("writehead.cli.systems:command", "List every system of the catalog."),
@@ -56,7 +59,7 @@ class Verbs(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         given, debug = errors.take_debug(sys.argv[1:] if args is None else args)
-        extra |= {"standalone_mode": False}
+        extra |= {"standalone_mode": False, "prog_name": "writehead"}
         errors.run(lambda: super(Verbs, self).main(given, *rest, **extra), debug)
 
 

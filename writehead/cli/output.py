@@ -2,9 +2,7 @@
 
 import errno
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ def table(*columns: str, title: str | None = None) -> Table:
     """A table whose first column is text and whose others are figures."""
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="right" if index else "left")
+        grid.add_column(column, justify="right" if index else "left", no_wrap=not index)
     return grid
 
 
@@ -49,27 +47,14 @@ def count(number: float) -> str:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name beside it, synced, then renamed.
+    """Write a file whole or not at all.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
     """
+    from writehead.convert.files import replacing
+
     if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "the folder to write into does not exist", str(path.parent))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder to write into", str(path.parent))
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)

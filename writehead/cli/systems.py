@@ -65,8 +65,8 @@ def page() -> str:
         "# Systems",
         "",
         "Made by `writehead systems --markdown` from the catalog and the cards; a test keeps it up to date.",
-        "T is tokens of the whole sequence, S tokens in the past, W a window. `writehead show NAME` draws who",
-        "sees whom and counts bytes and operations.",
+        "T is tokens of the whole sequence, S tokens in the past, W a window.",
+        "`writehead show NAME` draws who sees whom and counts bytes and operations.",
     ]
     for title, rows in TABLES.items():
         lines += ["", f"## {title.capitalize()}", ""]

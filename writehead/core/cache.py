@@ -100,7 +100,7 @@ class Plan(NamedTuple):
     at: tuple[Tensor, Tensor, Tensor] | None  # else row, token and slot of each token to store
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class KV(Node):
     """Keys and values with the position of each slot.
 
@@ -191,6 +191,9 @@ def append(kv: KV, k: Tensor, v: Tensor, pos: Positions) -> tuple[KV, Keys]:
         The cache after the tokens, and keys and values of past and new tokens as they are stored.
     """
     plan = pos.once(_plan, pos, kv.pos, kv.used, kv.layout)
+    if plan.run is not None and kv.used and k.shape[1] == 1 and kv.k.dtype == k.dtype:
+        kv = _write(kv, plan, ((k.transpose(1, 2), None), (v.transpose(1, 2), None)))
+        return kv, Keys(*(t.narrow(2, 0, kv.used).transpose(1, 2) for t in (kv.k, kv.v)), plan.seen)
     new, dtype = (_encode(k.transpose(1, 2), kv), _encode(v.transpose(1, 2), kv)), k.dtype
     if kv.used == 0:
         k, v = (_decode(*t, dtype).transpose(1, 2) for t in new)
@@ -255,7 +258,7 @@ def _put(old: Tensor, new: Tensor, plan: Plan) -> Tensor:
         a, b = plan.run
         if graph:
             return old.slice_scatter(new, 2, a, b)
-        old[:, :, a:b] = new
+        old.narrow(2, a, b - a).copy_(new)
         return old
     assert plan.at is not None
     row, token, slot = plan.at

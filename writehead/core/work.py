@@ -22,6 +22,7 @@ class Call:
     Attributes:
         batch, tokens, context: as above; tokens = 1 is a decode step, context = 0 a prefill or a forward.
         source: tokens of each row's source, where a decoder reads an encoder.
+        logits: the last tokens of each row whose logits are computed; default all, a prefill needs 1.
         itemsize: bytes of a weight and, unless the store says otherwise, of a cached value.
         store: how caches are kept.
     """
@@ -30,6 +31,7 @@ class Call:
     tokens: int = 1
     context: int = 0
     source: int = 0
+    logits: int | None = None
     itemsize: int = 4
     store: Store = Store()
 
@@ -37,6 +39,11 @@ class Call:
         for name, least in (("batch", 1), ("tokens", 1), ("context", 0), ("source", 0), ("itemsize", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+
+    @property
+    def asked(self) -> int:
+        """Tokens of all rows whose logits are computed."""
+        return self.batch * (self.tokens if self.logits is None else min(self.logits, self.tokens))
 
     @property
     def rows(self) -> int:

@@ -1,0 +1,59 @@
+"""The model that a command's argument names, as a config: no weight is read."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from writehead.config import ModelConfig
+
+
+def config_of(name: str) -> "ModelConfig":
+    """The config of a model.
+
+    Args:
+        name: "smollm2", a folder with a config.json (ours or Hugging Face's), a config as JSON or YAML, or a
+            FILE.gguf, of which only the header is read.
+
+    Raises:
+        ValueError: no such model, or a file that does not describe one; the message names it.
+    """
+    from writehead.convert.files import read_json
+    from writehead.convert.gguf import open_gguf
+    from writehead.convert.gguf_llama import read_config
+    from writehead.convert.load import find
+
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.exists():
+        return _ours(path)
+    if path.suffix == ".json" and path.exists():
+        return _theirs(path) if "model_type" in read_json(path) else _ours(path)
+    if (path / "config.json").is_file():
+        path = path / "config.json"
+        return _theirs(path) if "model_type" in read_json(path) else _ours(path)
+    found = find(name)
+    if found.is_dir():
+        raise ValueError(f"{found} is not a model folder: it has no config.json")
+    return read_config(open_gguf(found))[1]
+
+
+def _ours(path: Path) -> "ModelConfig":
+    from writehead.config import ModelConfig
+
+    try:
+        return ModelConfig.read(path)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not text; give a config as JSON or YAML") from None
+
+
+def _theirs(path: Path) -> "ModelConfig":
+    """A Hugging Face config.json; every key must be one that we can honour."""
+    from writehead.convert.errors import BadFile
+    from writehead.convert.files import read_json
+    from writehead.convert.huggingface import read_config
+
+    try:
+        return read_config(read_json(path))[1]
+    except BadFile:
+        raise
+    except ValueError as error:
+        raise BadFile(path, str(error)) from error
