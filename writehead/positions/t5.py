@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from writehead.positions.base import Scheme
 
-FARTHEST, MOST = 1 << 16, 1 << 10  # the table of buckets counts up to max_distance with powers of as many as buckets
+FARTHEST, MOST = (
+    1 << 16,
+    1 << 10,
+)  # the table of buckets counts up to max_distance with powers of as many as buckets
 
 
 def bucket_table(buckets: int, max_distance: int) -> list[int]:
