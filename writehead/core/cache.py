@@ -332,7 +332,7 @@ def _forget(pos: Tensor, n: Tensor, layout: Layout) -> Tensor:
         there = ((pos >= oldest[:, None]) & (pos < keep[:, None])).sum(1)
         if bool((there < keep - oldest).any()):
             raise CannotRewind(
-                f"a ring of window {layout.window} and slack {layout.slack} no longer holds what was read before "
-                f"the last {int(n.max())} tokens; create its state with Store(slack={int(n.max())})"
+                f"a ring of window {layout.window} and slack {layout.slack} no longer holds what was read "
+                f"before the last {int(n.max())} tokens; create its state with Store(slack={int(n.max())})"
             )
     return torch.where(pos < keep[:, None], pos, -1)
