@@ -183,7 +183,15 @@ def test_a_window_bounds_operations_and_bytes_of_a_step() -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    [Causal(), Window(5), Causal() & (Window(4) | Leading(2)), Window(3, after=2), Full() & Window(4)],
+    [
+        Causal(),
+        Window(5),
+        Causal() & (Window(4) | Leading(2)),
+        Window(3, after=2),
+        Full() & Window(4),
+        Leading(2) | Window(2, 1),
+        Full(),
+    ],
 )
 @pytest.mark.parametrize("context", [0, 3, 11])
 def test_scores_are_the_pairs_that_the_pattern_allows(pattern: Any, context: int) -> None:
@@ -197,6 +205,7 @@ def test_scores_are_the_pairs_that_the_pattern_allows(pattern: Any, context: int
 def test_scores_of_an_encoder_whose_heads_differ_are_added_over_them() -> None:
     pattern = PerHead((Full(), Window(1), Window(1), Full()))
     assert scores(pattern, 4, Call(tokens=7)) == 2 * 49 + 2 * 7
+    assert scores(pattern & Window(2, 1), 4, Call(tokens=7)) == 2 * (7 + 6 + 6) + 2 * 7
 
 
 def test_seconds_are_the_larger_of_bytes_over_bandwidth_and_operations_over_rate() -> None:
