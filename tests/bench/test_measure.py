@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from writehead.bench import measure
-from writehead.core import system
 from writehead.bench.measure import CaseError, Sample, Timing, alternate, quartiles, turn, write_record
 from writehead.bench.worker import Worker
+from writehead.core import system
 
 
 class Clock:

@@ -21,6 +21,9 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "demo": Verb(
+        "writehead.cli.demo:command", "Decode the embedded model, and measure what head sharing buys."
+    ),
     "generate": Verb("writehead.cli.generate:command", "Continue a prompt with a model, token by token."),
     "plan": Verb("writehead.cli.plan:command", "What a model costs: memory, bytes and time of a token."),
     "systems": Verb("writehead.cli.systems:command", "List every system of the catalog."),

@@ -1,9 +1,11 @@
 """Models without memory, and how weights get into them: a model of any size costs nothing until it is filled."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from writehead.config import ModelConfig
 from writehead.model.decoder import Decoder
@@ -11,6 +13,20 @@ from writehead.model.encoder import Encoder
 from writehead.model.seq2seq import Seq2Seq
 
 KINDS: Mapping[str, type[nn.Module]] = {"decoder": Decoder, "encoder": Encoder, "seq2seq": Seq2Seq}
+
+RANDOM = (Tensor.normal_, Tensor.uniform_)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Lets random initialisation do nothing: without memory it has no effect, and it would import torch's compiler."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in RANDOM or getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **kwargs)
 
 
 def blank(config: ModelConfig) -> nn.Module:
@@ -20,7 +36,7 @@ def blank(config: ModelConfig) -> nn.Module:
         ValueError: a config whose parts do not fit together, or sizes that no memory could hold.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             return KINDS[config.kind](config)
     except (RuntimeError, OverflowError) as error:
         raise ValueError(

@@ -18,11 +18,11 @@ from writehead.convert.families.base import REQUIRED, Fields
 from writehead.convert.gguf import GGUF
 from writehead.convert.rules import HALVES, QKV_ROWS, Checkpoint, Form, Heads, Rule
 from writehead.core.shapes import check_choice
+from writehead.positions.rope import Rotary
 
 ARCHITECTURES = ("gemma", "llama", "qwen2")
 LAYER = "stack.blocks.{layer}."
-# what a model's file says besides its function
-INERT_KEYS = ("vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length")
+FACTORS = "rope_freqs.weight"
 
 
 def _neighbours(rows: Tensor, heads: int) -> Tensor:
@@ -98,8 +98,7 @@ def _config(architecture: str, file: GGUF) -> ModelConfig:
     fields = Fields({key: _plain(value) for key, value in own.items()}, f"metadata {architecture}")
     dim, depth = fields.whole("embedding_length", REQUIRED), fields.whole("block_count", REQUIRED)
     heads = fields.whole("attention.head_count", REQUIRED)
-    head_dim = fields.maybe_whole("attention.key_length") or fields.maybe_whole("rope.dimension_count")
-    head_dim = head_dim or max(1, dim // heads)
+    head_dim = fields.maybe_whole("attention.key_length") or max(1, dim // heads)
     for key in ("rope.dimension_count", "attention.value_length"):
         if fields.take(key, head_dim) != head_dim:
             raise ValueError(f"{key}={shown(fields.take(key, None))} must be the width of a head, {head_dim}")
@@ -130,7 +129,7 @@ def _config(architecture: str, file: GGUF) -> ModelConfig:
             "gated": True,
             "bias": "blk.0.ffn_up.bias" in names,
         },
-        position=position | _scaling(fields, context),
+        position=position | _scaling(fields, context, file),
         stack={"name": "residual", "norm": "rms", "eps": eps},
         tie_embeddings="output.weight" not in names,
         embed_scale=dim**0.5 if architecture == "gemma" else 1.0,
@@ -144,19 +143,35 @@ def _config(architecture: str, file: GGUF) -> ModelConfig:
     return config
 
 
-def _scaling(fields: Fields, context: int) -> dict[str, Any]:
-    """The rotary scaling: llama.cpp writes linear and YaRN; Llama 3's is a tensor of factors, which `load` reads."""
+def _scaling(fields: Fields, context: int, file: GGUF) -> dict[str, Any]:
+    """The rotary scaling: linear and YaRN stand in the metadata, Llama 3's is a tensor of divisors."""
     kind = fields.take("rope.scaling.type", "none")
     factor = fields.take("rope.scaling.factor", None)
+    original = fields.maybe_whole("rope.scaling.original_context_length") or context
+    if FACTORS in file.tensors:
+        if kind != "none":
+            raise ValueError(f"both rope.scaling.type={shown(kind)} and {FACTORS} scale the rotation")
+        return {"scaling": _llama3(file, fields.number("rope.freq_base", 10000.0))}
     if kind == "none":
         return {}
-    original = fields.maybe_whole("rope.scaling.original_context_length") or context
     if kind == "linear" and factor is not None:
         return {"scaling": {"name": "linear", "factor": fields.number("rope.scaling.factor", None)}}
     if kind == "yarn" and factor is not None:
         factor = fields.number("rope.scaling.factor", None)
         return {"scaling": {"name": "yarn", "factor": factor, "original_context": original}}
     raise ValueError(f"rope.scaling.type={shown(kind)} is not supported (accepted: none, linear, yarn)")
+
+
+def _llama3(file: GGUF, base: float) -> dict[str, Any]:
+    """The scaling of which a file holds only the result; its settings are those of every Llama 3 but for the factor."""
+    given = file.read(FACTORS)
+    if given.dim() == 1 and 1 <= float(given.max()) < 1e6:
+        scaling = {"name": "llama3", "factor": round(float(given.max()), 3), "original_context": 8192}
+        R = 2 * len(given)
+        divisors = Rotary(R, base=base).frequencies / Rotary(R, base=base, scaling=scaling).frequencies
+        if torch.allclose(divisors, given.double(), rtol=1e-3):
+            return scaling
+    raise ValueError(f"{FACTORS} is not the scaling of Llama 3 (low 1, high 4, original context 8192)")
 
 
 def _bias(names: Any, inputs: str, output: str) -> str:
@@ -203,4 +218,5 @@ def open_model(file: GGUF, dtype: torch.dtype = torch.float32) -> Checkpoint:
         BadFile: a model that we do not have.
     """
     architecture, config = read_config(file)
-    return Checkpoint(config, rules(architecture, config), Decoded(file, dtype), views=False)
+    side = max(size for info in file.tensors.values() for size in info.shape)
+    return Checkpoint(config, rules(architecture, config), Decoded(file, dtype), side, (FACTORS,))

@@ -28,7 +28,7 @@ DTYPES = {
 
 
 class Entry(NamedTuple):
-    """Where one tensor lies: `begin` and `end` are bytes from the start of the data."""
+    """Where one tensor lies: `begin` and `end` are bytes from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -74,7 +74,9 @@ def read_header(path: Path) -> Header:
     metadata = _metadata(path, found.pop("__metadata__", {}))
     tensors = {name: _entry(path, name, given) for name, given in found.items()}
     _check_tiling(path, tensors, size - 8 - length)
-    return Header(tensors, metadata)
+    start = 8 + length
+    moved = {name: one._replace(begin=start + one.begin, end=start + one.end) for name, one in tensors.items()}
+    return Header(moved, metadata)
 
 
 def _metadata(path: Path, given: Any) -> dict[str, str]:

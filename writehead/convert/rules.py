@@ -112,16 +112,16 @@ class Checkpoint:
     Attributes:
         config: the model.
         rules: how its weights are made.
-        theirs: its tensors; each is read when asked for.
+        theirs: its tensors; each is read when asked for, and the model may keep it.
+        longest_side: the largest size in any of their shapes.
         ignorable: patterns of keys that hold no weight (masks, rotary tables) and are passed over.
-        views: the tensors may be views of a file, which no model must keep.
     """
 
     config: ModelConfig
     rules: tuple[Rule, ...]
     theirs: Mapping[str, Tensor]
+    longest_side: int
     ignorable: tuple[str, ...] = ()
-    views: bool = True
 
 
 def load_weights(
@@ -149,15 +149,14 @@ def load_weights(
 
 
 def _make(match: Match, like: Tensor, checkpoint: Checkpoint) -> Tensor:
-    """One weight of ours, in memory of its own."""
+    """One weight of ours."""
     wanted = match.rule.form.split(like, match.heads)
     names = _present(match, checkpoint.theirs)
     parts = [_read(checkpoint.theirs, key, part) for key, part in zip(names, wanted, strict=True)]
     _check_copies(match, names[0], parts[0], checkpoint.theirs)
     made = match.rule.form.join(parts, match.heads)
     assert made.shape == like.shape, f"{match.rule}: join is not the inverse of split"
-    shared = made.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr()
-    return made.clone() if checkpoint.views and shared else made
+    return made
 
 
 def save_weights(rules: Sequence[Rule], ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -182,16 +181,18 @@ def _matches(rules: Sequence[Rule], names: Iterable[str], config: ModelConfig) -
     """For each of our weights the rule that speaks of it."""
     compiled = [(re.compile(_pattern(rule.ours)), rule) for rule in rules]
     found: dict[str, Match] = {}
+    known: dict[tuple[bool, int], Heads] = {}
     for name in names:
         for regex, rule in compiled:
             if bound := regex.fullmatch(name):
                 values = bound.groupdict()
-                part = config.encoder if name.startswith("encoder.") and config.encoder else config
+                part = config.encoder if name.startswith("encoder.") else None
                 layer = int(values.get("layer") or 0)
-                theirs, copies = (
-                    tuple(key.format(**values) for key in keys) for keys in (rule.theirs, rule.copies)
-                )
-                found[name] = Match(rule, theirs, copies, heads_of(part, layer))
+                place = (part is None, layer)
+                if place not in known:
+                    known[place] = heads_of(part or config, layer)
+                theirs, copies = (tuple(k.format(**values) for k in keys) for keys in (rule.theirs, rule.copies))
+                found[name] = Match(rule, theirs, copies, known[place])
                 break
     return found
 

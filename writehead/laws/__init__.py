@@ -103,13 +103,15 @@ def check(
         seed: of the tokens, the cuts and the disturbance of the parameters.
         store: how its caches are kept; with fewer bits than float64, `split` looks at no gradients.
         decodes: the growth declared for its state, such as "O(S)" or "O(W)"; None = nothing declared.
-        length: tokens of the main call; to see a window slide it must be longer than the window.
+        length: tokens of the main call, at least 13; to see a window slide it must be longer than the window.
         name: what the verdict calls the mixer; default its class.
 
     Raises:
-        ValueError: an unknown law. What the mixer itself raises is a verdict, not an error.
+        ValueError: an unknown law or too small a length. What the mixer raises is a verdict.
     """
     check_choice("law", law, LAWS)
+    if length < 13:
+        raise ValueError(f"length={length} is too short to cut, gap and join; it must be at least 13")
     draw, row = Draw(seed, dim), name or type(mixer).__name__
     worst, most, count = 0.0, "", 0
     try:

@@ -1,8 +1,7 @@
 """The laws of time and rows: split, causal, select, padding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +9,6 @@ from torch import Tensor
 from writehead.core.cache import Store
 from writehead.core.state import State, join, select
 from writehead.laws.subject import (
-    GARBAGE,
     Draw,
     Findings,
     Subject,
@@ -81,7 +79,7 @@ def causal(s: Subject, draw: Draw) -> Findings:
 
 def select_rows(s: Subject, draw: Draw) -> Findings:
     first = draw.tokens(s.length)
-    later, other = draw.tokens(7, first), draw.tokens(7, first)
+    later, other = draw.tokens(12, first), draw.tokens(12, first)
     with torch.no_grad():
         alone, then = [], []
         for row in range(3):
@@ -89,30 +87,23 @@ def select_rows(s: Subject, draw: Draw) -> Findings:
             alone.append(y[0])
             then.append(s.run(later.rows([row]), state)[0][0])
 
-        def against(
-            what: str, y: Tensor, rows: Sequence[int], tokens: Tokens, right: list[Tensor]
-        ) -> Findings:
-            for i, row in enumerate(rows):
-                valid = tokens.valid[row]
-                yield f"row {row} of {what}", gap(y[i][valid], right[row][valid])
-
         y, state = s.run(first, s.start((0, 1, 2)))
-        yield from against("three", y, (0, 1, 2), first, alone)
-        for rows in ([2, 0, 1], [1, 1, 0, 2, 2], [0, 2], [2]):
+        yield from _against("three", y, (0, 1, 2), first, alone)
+        for rows in ([0, 1, 2], [2, 0, 1], [1, 1, 0, 2, 2], [0, 2], [2]):
             index = torch.tensor(rows)
             y, _ = s.run(first.rows(rows), select(s.start((0, 1, 2)), index))
-            yield from against(f"an empty past selected by {rows}", y, rows, first, alone)
+            yield from _against(f"an empty past selected by {rows}", y, rows, first, alone)
             y, _ = s.run(later.rows(rows), select(state, index))
-            yield from against(f"a state selected by {rows}", y, rows, later, then)
+            yield from _against(f"a state selected by {rows}", y, rows, later, then)
             s.run(other.rows(rows), select(state, index))  # must leave the state as it was
         twice = Tokens(
             torch.cat([later.x[1:2], other.x[1:2]]), torch.cat([later.index[1:2], other.index[1:2]])
         )
         y, _ = s.run(twice, select(state, torch.tensor([1, 1])))
-        yield from against("a row continued in two ways", y, [1], later, then)
+        yield from _against("a row continued in two ways", y, [1], later, then)
         y, _ = s.run(later, state)
-        yield from against("a state that was selected from", y, (0, 1, 2), later, then)
-        yield from _joined(s, first, later, partial(against, right=then))
+        yield from _against("a state that was selected from", y, (0, 1, 2), later, then)
+        yield from _joined(s, first, later, then)
     leaf = leaf_of(first)
     y, _ = s.run(leaf, s.start((0, 1, 2)))
     for row in range(3):
@@ -121,25 +112,31 @@ def select_rows(s: Subject, draw: Draw) -> Findings:
         yield f"gradient of row {row} by other rows", nothing(by["gradient of x"][others])
 
 
-def _joined(s: Subject, first: Tokens, later: Tokens, against: Callable[..., Findings]) -> Findings:
+def _against(what: str, y: Tensor, rows: Sequence[int], tokens: Tokens, right: list[Tensor]) -> Findings:
+    """Is each row of y, which are those rows of `tokens`, what it is alone?"""
+    for i, row in enumerate(rows):
+        valid = tokens.valid[row]
+        yield f"row {row} of {what}", gap(y[i][valid], right[row][valid])
+
+
+def _joined(s: Subject, first: Tokens, later: Tokens, then: list[Tensor]) -> Findings:
     """Batches that were run apart, the second one in a cache of another capacity."""
     room = replace(s.store, capacity=s.store.capacity + 2 * s.length)
+    begin = first.split([12, s.length - 12])[0]
+    begun = [s.run(begin.rows([row]), s.start([row]))[0][0] for row in range(3)]
     for left, right in (((0,), (1, 2)), ((2, 1), (0,))):
         rows = (*left, *right)
         for a, b in ((s.store, room), (room, s.store)):
             _, p = s.run(first.rows(left), s.start(left, a))
             _, q = s.run(first.rows(right), s.start(right, b))
             y, _ = s.run(later.rows(rows), join(p, q))
-            yield from against(f"batches {left} and {right} joined", y, rows, later)
+            yield from _against(f"batches {left} and {right} joined", y, rows, later, then)
         _, p = s.run(first.rows(left), s.start(left))
-        begun = join(p, s.start(right))
-        wait = Tokens(
-            torch.full_like(first.x[: len(left)], GARBAGE), torch.full_like(first.index[: len(left)], -1)
-        )
-        come = first.rows(right)
-        _, begun = s.run(Tokens(torch.cat([wait.x, come.x]), torch.cat([wait.index, come.index])), begun)
-        y, _ = s.run(later.rows(rows), select(begun, torch.arange(len(rows))))
-        yield from against(f"new rows {right} admitted to {left}", y, rows, later)
+        mixed = [later.rows(left), begin.rows(right)]
+        both = Tokens(torch.cat([t.x for t in mixed]), torch.cat([t.index for t in mixed]))
+        y, _ = s.run(both, join(p, s.start(right)))
+        yield from _against(f"rows {left} joined by new ones", y, left, later, then)
+        yield from _against(f"new rows that joined {left}", y[len(left) :], right, begin, begun)
 
 
 def padding(s: Subject, draw: Draw) -> Findings:
@@ -154,7 +151,7 @@ def padding(s: Subject, draw: Draw) -> Findings:
         after, _ = s.run(later, state)
         singly, _ = s.run(tokens, s.start((0, 1, 2)), [1] * T)
     for where, places in gapped(draw, T, pads).items():
-        leaf = leaf_of(spread(tokens, places, T + pads))
+        leaf = leaf_of(spread(tokens, places, T + pads, s.garbage))
         rows = torch.arange(3)[:, None]
         y, state = s.run(leaf, s.start((0, 1, 2), pads=pads))
         yield f"outputs beside padding {where}", gap(y[rows, places], plain)
@@ -176,7 +173,7 @@ def padding(s: Subject, draw: Draw) -> Findings:
 
 def _idle(s: Subject, tokens: Tokens, later: Tokens, plain: Tensor, after: Tensor) -> Findings:
     """Calls that are padding for some rows, or for all."""
-    none = Tokens(torch.full_like(tokens.x, GARBAGE), torch.full_like(tokens.index, -1))
+    none = Tokens(torch.full_like(tokens.x, s.garbage), torch.full_like(tokens.index, -1))
 
     def only(*rows: int) -> Tokens:
         mine = torch.zeros(3, dtype=torch.bool)

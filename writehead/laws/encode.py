@@ -22,7 +22,7 @@ def padding(s: Subject, draw: Draw) -> Findings:
     plain = s.encode(tokens)
     right = s.gradients((plain * weight).sum(), {"x": tokens.x})
     for where, places in gapped(draw, s.length, 5).items():
-        leaf = leaf_of(spread(Tokens(tokens.x.detach(), tokens.index), places, s.length + 5))
+        leaf = leaf_of(spread(Tokens(tokens.x.detach(), tokens.index), places, s.length + 5, s.garbage))
         y = s.encode(leaf)[torch.arange(3)[:, None], places]
         yield f"outputs beside padding {where}", gap(y, plain)
         found = s.gradients((y * weight).sum(), {"x": leaf.x})

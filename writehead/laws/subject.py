@@ -16,7 +16,6 @@ from writehead.core.positions import Positions
 from writehead.core.state import State
 
 TOLERANCE = 1e-9
-GARBAGE = 1e6  # what padded tokens carry
 
 Findings = Iterator[tuple[str, float]]  # what was compared, and how far the two sides are apart
 
@@ -87,6 +86,8 @@ class Subject:
         self.sources = [draw.normal(1, length, draw.dim) for length in (5, 9, 7)]
         # gradients of keys stored in fewer bits are rounded too, and add up in the order of the calls
         self.exact = store.dtype in (None, torch.float64)
+        # what padded tokens carry; in float16 more would be infinite in the cache
+        self.garbage = 30.0 if store.dtype == torch.float16 else 1e6
 
     def start(self, rows: Sequence[int], store: Store | None = None, pads: int = 0) -> State:
         """The empty past of some of the rows 0, 1, 2; `pads` tokens of padding go into each one's source."""
@@ -94,7 +95,9 @@ class Subject:
             return self.mixer.init_state(len(rows), self.like, store or self.store)
         sources = [self.sources[row] for row in rows]
         longest = max(source.shape[1] for source in sources) + pads
-        x = torch.full((len(rows), longest, self.sources[0].shape[-1]), GARBAGE, dtype=torch.float64)
+        x = torch.full(
+            (len(rows), longest, self.sources[0].shape[-1]), self.garbage if pads else 1.0
+        ).double()
         index = torch.full(x.shape[:2], -1)
         for i, source in enumerate(sources):
             length = source.shape[1]
@@ -146,10 +149,10 @@ def leaf_of(tokens: Tokens) -> Tokens:
     return Tokens(tokens.x.clone().requires_grad_(), tokens.index)
 
 
-def spread(tokens: Tokens, places: Tensor, length: int) -> Tokens:
+def spread(tokens: Tokens, places: Tensor, length: int, garbage: float) -> Tokens:
     """The tokens put at `places` (B, T) among `length`, the rest padding that carries garbage."""
     B, _, X = tokens.x.shape
-    sign = torch.where(torch.arange(length) % 2 == 0, GARBAGE, -GARBAGE).to(tokens.x)
+    sign = torch.where(torch.arange(length) % 2 == 0, garbage, -garbage).to(tokens.x)
     x = sign[None, :, None].expand(B, length, X).scatter(1, places[..., None].expand(-1, -1, X), tokens.x)
     return Tokens(x, torch.full((B, length), -1).scatter(1, places, tokens.index))
 

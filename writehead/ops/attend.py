@@ -18,7 +18,7 @@ from writehead.core.shapes import check_multiple, check_shape
 FOLD = (
     64  # up to so many rows the queries of a group are one product even where a mask must be repeated for it
 )
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
 
 
 def attend(
@@ -60,11 +60,12 @@ def attend(
     scale = D**-0.5 if scale is None else scale
     if S == 0:
         return q.new_zeros(B, T, H, E), q.new_full((B, T, H), -torch.inf)
-    plain = exact or q.device.type != "cpu" or E != D or (bias is not None and bias.requires_grad)
+    plain = exact or E != D or not q.is_cpu or (bias is not None and bias.requires_grad)
     if plain:
         return _exact(q, k, v, _additive(mask, bias, causal, q, S), scale)
     X = H // G
-    if X == 1 or (X * T > FOLD and (causal or mask is not None or bias is not None)):
+    limited = causal or mask is not None or bias is not None
+    if T > 1 and (X == 1 or (X * T > FOLD and limited)):
         return _each_member(q, k, v, mask, bias, causal, scale)
     return _folded(q, k, v, _additive(mask, bias, causal, q, S), scale)
 
@@ -116,15 +117,16 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) 
 
 def _folded(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """All queries that share a key/value head as the rows of one product."""
-    (B, T, H, D), G = q.shape, k.shape[2]
+    (B, T, H, D), S, G = q.shape, *k.shape[1:3]
     X = H // G
     if T == 1:
-        added = added if added is None or added.shape[1] == 1 else added.view(-1, G, X, added.shape[-1])
+        if added is not None and added.shape[1] > 1:
+            added = added.reshape(-1, G, X, S)
         y, lse = _flash(q.view(B, G, X, D), k.transpose(1, 2), v.transpose(1, 2), added, False, scale)
         return y.reshape(B, 1, H, D), lse.reshape(B, 1, H)
     rows = q.unflatten(2, (G, X)).permute(0, 2, 3, 1, 4).reshape(B, G, X * T, D)
     if added is not None:
-        R, A, _, S = added.shape
+        R, A = added.shape[:2]
         added = added.unflatten(1, (G, X)) if A == H else added[:, :, None].expand(R, A, X, T, S)
         added = added.expand(-1, -1, X, T, S).reshape(R, -1, X * T, S)
     y, lse = _flash(rows, k.transpose(1, 2), v.transpose(1, 2), added, False, scale)

@@ -82,7 +82,28 @@ class Rotary(Scheme):
             return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
         return cos.repeat_interleave(2, -1).to(dtype), torch.stack([-sin, sin], -1).flatten(-2).to(dtype)
 
+    def _matrix(self, pos: Positions, head_dim: int, dtype: torch.dtype) -> Tensor:
+        """The rotation of one token a row as a matrix, (B, D, D), or (1, D, D) if all stand at one position.
+
+        A decode step turns all heads in one product; element by element it takes six small operations.
+        """
+        index = pos.index if pos.start is None else pos.index[:1]
+        R, wide = self.rotary_dim, torch.promote_types(dtype, torch.float32)
+        cos, sin = (t[:, 0, 0] for t in self._turn(index, wide))
+        partner = torch.arange(R, device=index.device)
+        partner = partner.roll(R // 2) if self.pairs == "half" else partner ^ 1
+        matrix = torch.eye(head_dim, dtype=wide, device=index.device).repeat(len(index), 1, 1)
+        matrix[:, :R, :R] = torch.diag_embed(cos)
+        matrix[:, partner, torch.arange(R, device=index.device)] = sin
+        return matrix.to(dtype)
+
     def rotate(self, heads: Tensor, pos: Positions) -> Tensor:
+        T, D = heads.shape[1], heads.shape[-1]
+        if T == 1:
+            matrix = pos.once(self._matrix, pos, D, heads.dtype)
+            if len(matrix) == 1:
+                return (heads.reshape(-1, D) @ matrix[0]).view(heads.shape)
+            return (heads[:, 0] @ matrix)[:, None]
         cos, sin = pos.once(self._turn, pos.index, heads.dtype)
         R = self.rotary_dim
         x = heads if heads.shape[-1] == R else heads[..., :R]

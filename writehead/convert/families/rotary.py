@@ -22,10 +22,8 @@ def read_rotary(fields: Fields, max_context: int) -> dict[str, Any]:
         if value is not None and not isinstance(value, Mapping):
             raise ValueError(f"{fields.what}: {key}={shown(value)} must be an object")
     given: dict[str, Any] = dict(new or old or {})
-    if old is not None and new is not None:
-        both = [{k: v for k, v in values.items() if k not in ("rope_theta", "type")} for values in (old, new)]
-        if any(both[0].get(key, value) != value for key, value in both[1].items()):
-            raise ValueError(f"{fields.what}: rope_scaling and rope_parameters disagree")
+    if old is not None and new is not None and _settings(old) != _settings(new):
+        raise ValueError(f"{fields.what}: rope_scaling and rope_parameters disagree")
     if theta is not None and given.setdefault("rope_theta", theta) != theta:
         raise ValueError(
             f"{fields.what}: rope_theta={shown(theta)}, but rope_parameters say {shown(given['rope_theta'])}"
@@ -37,6 +35,11 @@ def read_rotary(fields: Fields, max_context: int) -> dict[str, Any]:
     scaling = _scaling(rope, kind, max_context)
     rope.done()
     return spec if scaling is None else spec | {"scaling": scaling}
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling without the base, in today's spelling."""
+    return {"rope_type" if k == "type" else k: v for k, v in values.items() if k != "rope_theta"}
 
 
 def _scaling(rope: Fields, kind: Any, max_context: int) -> dict[str, Any] | None:

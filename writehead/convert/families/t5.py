@@ -23,7 +23,6 @@ from writehead.convert.families.base import (
 from writehead.convert.rules import HALVES, QKV_ROWS, SAME, Rule
 
 EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-FARTHEST = 1 << 14  # the table of buckets is made by counting up to max_distance
 
 
 def _rules(config: ModelConfig) -> tuple[Rule, ...]:
@@ -66,9 +65,6 @@ def _read(fields: Fields, names: Collection[str] | None) -> ModelConfig:
         "head_dim": fields.whole("d_kv", 64, "head_dim"),
         "scale": 1.0,
     }
-    farthest = fields.whole("relative_attention_max_distance", 128)
-    if farthest > FARTHEST:
-        raise ValueError(f"{fields.what}: relative_attention_max_distance={farthest} is more than {FARTHEST}")
     shared: dict[str, Any] = {
         "vocab": fields.whole("vocab_size", REQUIRED),
         "dim": dim,
@@ -76,7 +72,7 @@ def _read(fields: Fields, names: Collection[str] | None) -> ModelConfig:
         "position": {
             "name": "t5",
             "buckets": fields.whole("relative_attention_num_buckets", 32),
-            "max_distance": farthest,
+            "max_distance": fields.whole("relative_attention_max_distance", 128),
         },
         "stack": {"name": "residual", "norm": "rms", "eps": fields.number("layer_norm_epsilon", 1e-6)},
     }

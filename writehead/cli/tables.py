@@ -1,0 +1,46 @@
+"""The tables of `bench` and `demo`."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from writehead.bench.decode import OURS, Row
+from writehead.bench.heads import Shared
+from writehead.bench.plots import all_heads
+from writehead.cli.output import size, table
+
+
+def decode_table(rows: Sequence[Row]) -> Table:
+    """Tokens per second of each engine, its share of the roofline, and ours over the best and over each peer."""
+    grid = table("cell", "type", "engine", "tokens/s", "quartiles", "of roofline", "ours / it")
+    ours = {(row.cell, row.dtype): row for row in rows if row.engine == OURS}
+    for row in rows:
+        own = ours[row.cell, row.dtype]
+        cell = str(row.cell) if row.engine == OURS else ""
+        if row.timing.error:
+            grid.add_row(cell, row.dtype, row.engine, "failed", row.timing.error[:40], "", "")
+            continue
+        spread = f"{row.tokens / row.timing.q3:.4g} to {row.tokens / row.timing.q1:.4g}"
+        ratio = "" if row.engine == OURS else f"{row.timing.median / own.timing.median:.2f}x"
+        share = f"{row.roof_s / row.timing.median:.0%}"
+        grid.add_row(cell, row.dtype, row.engine, f"{row.rate:.4g}", spread, share, ratio)
+    return grid
+
+
+def heads_table(cells: Sequence[Shared]) -> Table:
+    """Milliseconds of a step for each number of key/value heads, measured beside predicted."""
+    grid = table(
+        "batch", "context", "kv_heads", "cache", "ms a step", "roofline ms", "times faster", "predicted"
+    )
+    for cell in cells:
+        full = all_heads(cells, cell)
+        cache = size(cell.state_bytes)
+        predicted = f"{full.roof_s / cell.roof_s:.1f}x"
+        roof = f"{cell.roof_s * 1e3:.1f}"
+        where = (str(cell.batch), f"{cell.context}", f"{cell.kv_heads} of {cell.heads}", cache)
+        if cell.timing is None:
+            grid.add_row(*where, "no memory", roof, "", predicted)
+            continue
+        ratio = f"{full.timing.median / cell.timing.median:.1f}x" if full.timing else ""
+        grid.add_row(*where, f"{cell.timing.median * 1e3:.1f}", roof, ratio, predicted)
+    return grid
