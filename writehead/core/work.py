@@ -1,7 +1,8 @@
 """What a call must compute and move at least, as mixers and feed-forward layers state it of themselves.
 
 A part states its work as a method `work(call)`; `costs.py` adds the parts up. Only products count as
-operations, a multiply-add as two, as `torch.utils.flop_counter` does; norms and activations are left out.
+operations, a multiply-add as two, as `torch.utils.flop_counter` does; norms, activations and the turning of
+heads by their positions are left out.
 """
 
 from dataclasses import dataclass
