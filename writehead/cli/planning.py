@@ -179,9 +179,7 @@ def concerns(config: ModelConfig, call: Call, own: Plan) -> list[str]:
             f"{own.state_bytes:,} of state), {free:,} are available"
         )
     if config.max_context is not None and context > config.max_context:
-        found.append(
-            f"context={context} is beyond the {config.max_context} tokens that the model was made for"
-        )
+        found.append(f"context={context} is beyond the {config.max_context} tokens the model was made for")
     return found
 
 
