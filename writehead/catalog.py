@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
-from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias, get_args
+from types import MappingProxyType, UnionType
+from typing import Any, NamedTuple, TypeAlias, get_args, get_origin
 
 from writehead.core.shapes import check_choice
 
@@ -115,10 +115,10 @@ def build(table: Mapping[str, Row], spec: Spec, **context: Any) -> Any:
     for key in given:
         if key not in parameters or key in context:
             accepted = sorted(set(parameters) - set(context))
-            near = get_close_matches(key, accepted, n=1)
+            near = get_close_matches(str(key), accepted, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"{row.name} takes no argument {key!r}{hint} (accepted: {', '.join(accepted) or 'none'})"
+                f"{row.name} takes no argument {str(key)!r}{hint} (accepted: {', '.join(accepted) or 'none'})"
             )
     for key, value in given.items():
         _check_type(f"{row.name}: {key}", value, parameters[key].annotation)
@@ -136,19 +136,27 @@ def load(row: Row) -> Any:
 
 
 def argument(table: Mapping[str, Row], spec: Spec, key: str) -> Any:
-    """The value that `build` would give the constructor's argument `key`, or None if it takes none."""
+    """The value that `build` would give the constructor's argument `key`, or None if it takes none.
+
+    Raises:
+        ValueError: an unknown row, or a value of a wrong type.
+    """
     row = find(table, spec)
     parameters = inspect.signature(load(row)).parameters
     if key not in parameters:
         return None
     default = parameters[key].default
-    return spec.get(key, row.preset.get(key, None if default is inspect.Parameter.empty else default))
+    if key in spec:
+        _check_type(f"{row.name}: {key}", spec[key], parameters[key].annotation)
+        return spec[key]
+    return row.preset.get(key, None if default is inspect.Parameter.empty else default)
 
 
 def _check_type(name: str, value: Any, annotation: Any) -> None:
-    """Raise if a plain annotation (int, float | None, str, ...) rules the value out; others are the
-    constructor's."""
-    kinds = get_args(annotation) or (annotation,)
+    """Raise if an annotation (int, float | None, list[float], Mapping[str, Any] | None, ...) rules the value
+    out; what is inside lists and mappings is the constructor's affair."""
+    union = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    kinds = tuple(get_origin(kind) or kind for kind in union)
     if not all(isinstance(kind, type) for kind in kinds) or (isinstance(value, bool) and bool in kinds):
         return
     accepted = (*kinds, int) if float in kinds else kinds

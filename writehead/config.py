@@ -1,6 +1,7 @@
 """A model, fully described: strict values, to and from JSON and YAML."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from writehead.core.shapes import check_choice
 
 VERSION = 1
 KINDS = ("decoder", "encoder", "seq2seq")
+MOST = {"vocab": 1 << 31, "dim": 1 << 20, "depth": 1 << 13}  # far beyond any model: more is a mistake
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,16 @@ class ModelConfig:
         check_choice("kind", self.kind, KINDS)
         for name in ("vocab", "dim", "depth"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        if (self.kind == "seq2seq") != (self.cross is not None and self.encoder is not None):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST[name]:
+                raise ValueError(
+                    f"{name}={value!r} must be a whole number of at least 1 and at most {MOST[name]}"
+                )
+        for name in ("embed_scale", "logit_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number")
+        if self.max_context is not None and self.max_context < 1:
+            raise ValueError(f"max_context={self.max_context} must be at least 1")
+        if {self.cross is None, self.encoder is None} != {self.kind != "seq2seq"}:
             raise ValueError(
                 f"kind={self.kind!r}: cross and encoder belong to a seq2seq model, which needs both"
             )
@@ -122,8 +131,9 @@ class ModelConfig:
         Raises:
             ValueError: not JSON or YAML, or what `from_dict` refuses; the message names the file.
         """
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
         try:
+            text = data.decode("utf-8")
             values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
             return cls.from_dict(values)
         except (ValueError, yaml.YAMLError, RecursionError) as error:

@@ -36,7 +36,7 @@ def check_choice(what: str, given: str, accepted: Iterable[str]) -> None:
     """
     names = sorted(accepted)
     if given not in names:
-        near = get_close_matches(given, names, n=1)
+        near = get_close_matches(str(given), names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown {what} {given!r}{hint} (accepted: {', '.join(names)})")
 

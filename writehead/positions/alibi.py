@@ -8,6 +8,8 @@ Decodes   exactly, at any position, in rings too, since the distance is the true
 Differs   |p_q - p_k| serves encoders as well; the paper is causal
 """
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,10 @@ def slopes(heads: int) -> list[float]:
     next power.
 
     Args:
-        heads: any number of query heads from 1.
+        heads: any number of query heads from 1 to 65536.
     """
-    if heads < 1:
-        raise ValueError(f"heads={heads} must be at least 1")
+    if not 1 <= heads <= 65536:
+        raise ValueError(f"heads={heads} must be at least 1 and at most 65536")
     power = 1 << (heads.bit_length() - 1)
     first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     rest = [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * power, 2)]
@@ -43,6 +45,8 @@ class ALiBi(Scheme):
         given = slopes(heads) if slopes_of_heads is None else list(slopes_of_heads)
         if len(given) != heads:
             raise ValueError(f"slopes_of_heads has {len(given)} slopes for heads={heads}")
+        if not all(isinstance(slope, int | float) and isfinite(slope) for slope in given):
+            raise ValueError(f"slopes_of_heads must be finite numbers; got {given}")
         self.slope_list = given
 
     def bias(self, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:

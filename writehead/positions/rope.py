@@ -69,6 +69,8 @@ class Rotary(Scheme):
             raise ValueError(
                 f"rotary_dim={self.rotary_dim} must be even, at most head_dim={head_dim}; nearest is {near}"
             )
+        if self.rotary_dim > 65536:
+            raise ValueError(f"rotary_dim={self.rotary_dim} must be at most 65536")
         check_choice("pairs", pairs, ("half", "interleaved"))
         if not (math.isfinite(base) and base > 1):
             raise ValueError(f"base={base} must be above 1; the usual one is 10000")

@@ -143,6 +143,10 @@ class Residual(nn.Module):
         check_choice("order", order, ("pre", "post", "parallel"))
         if one_norm and order != "parallel":
             raise ValueError(f'one_norm=True needs order="parallel"; got order={order!r}')
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} must be from 0 up to 1")
+        if not 0 <= eps < 1:
+            raise ValueError(f"eps={eps} must be from 0 up to 1; 1e-6 is usual")
         if order == "parallel" and any(cross is not None for _, _, cross in layers):
             raise ValueError('a decoder with cross-attention needs order="pre" or "post"; got "parallel"')
         self.blocks = nn.ModuleList(
