@@ -184,7 +184,9 @@ def test_a_learned_table_ends_with_an_error_not_with_a_wrap():
             lambda: Sinusoidal(4, layout="interleave"),
             "unknown layout 'interleave'; did you mean 'interleaved'",
         ),
-        (lambda: slopes(0), "heads=0 must be at least 1"),
+        (lambda: slopes(0), "heads=0 must be at least 1 and at most 65536"),
+        (lambda: slopes(10**12), "heads=1000000000000 must be at least 1 and at most 65536"),
+        (lambda: Rotary(10**12), "rotary_dim=1000000000000 must be at most 65536"),
         (lambda: ALiBi(3, slopes_of_heads=[1.0]), "slopes_of_heads has 1 slopes for heads=3"),
         (
             lambda: T5Bias(2, buckets=31, bidirectional=True),
