@@ -270,7 +270,7 @@ def test_two_thousand_mutated_configs_build_or_say_why_not():
     rng, built = random.Random(0), []
     for _ in range(1500):
         tried(mutated(rng), built)
-    assert 100 < len(built) < 1000
+    assert 50 < len(built) < 1000
     for _ in range(500):
         text = json.dumps(rng.choice(SEEDS))
         at = rng.randrange(len(text))
