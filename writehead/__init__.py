@@ -11,10 +11,12 @@ from writehead.version import VERSION
 if TYPE_CHECKING:
     from writehead.catalog import FEEDFORWARDS, MIXERS, POSITIONS, STACKS, build
     from writehead.config import ModelConfig
+    from writehead.convert.load import load, save
     from writehead.core.cache import Store
     from writehead.core.pattern import Causal, Full, Leading, Pattern, PerHead, Window
     from writehead.core.positions import Positions
     from writehead.core.state import CannotRewind, detach, join, nbytes, rewind, select
+    from writehead.decode.generate import generate, stream
     from writehead.model.decoder import Decoder
     from writehead.model.encoder import Encoder
     from writehead.model.seq2seq import Seq2Seq
@@ -23,10 +25,12 @@ __version__ = VERSION
 _HOMES = {
     "catalog": ("FEEDFORWARDS", "MIXERS", "POSITIONS", "STACKS", "build"),
     "config": ("ModelConfig",),
+    "convert.load": ("load", "save"),
     "core.cache": ("Store",),
     "core.pattern": ("Causal", "Full", "Leading", "Pattern", "PerHead", "Window"),
     "core.positions": ("Positions",),
     "core.state": ("CannotRewind", "detach", "join", "nbytes", "rewind", "select"),
+    "decode.generate": ("generate", "stream"),
     "model.decoder": ("Decoder",),
     "model.encoder": ("Encoder",),
     "model.seq2seq": ("Seq2Seq",),
@@ -54,10 +58,14 @@ __all__ = [
     "__version__",
     "build",
     "detach",
+    "generate",
     "join",
+    "load",
     "nbytes",
     "rewind",
+    "save",
     "select",
+    "stream",
 ]
 
 

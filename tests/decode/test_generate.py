@@ -1,4 +1,4 @@
-"""Greedy and sampled decoding: equal to the definition, to rescoring and to itself in every batch; and its refusals."""
+"""Greedy and sampled decoding: equal to the definition, to rescoring and to itself in every batch."""
 
 from typing import Any
 
@@ -351,10 +351,11 @@ def test_a_context_that_does_not_fit_in_memory_is_refused_first(monkeypatch: pyt
         ([[1, 11]], {}, r"prompt 0: token 11 is not in the vocabulary \(0 to 10\)"),
         ([[1, -1]], {}, r"prompt 0: token -1 is not in the vocabulary \(0 to 10\)"),
         ([[1]], {"stop_strings": ["a"]}, "stop_strings need a tokenizer"),
+        ([[1]], {"stop_strings": ["a", ""]}, "stop_strings: '' is not a string of at least one character"),
         ([[1]], {"stop_strings": "a"}, "stop_strings='a' must be a list of strings"),
         ([[1]], {"eos_token_id": 11}, "eos_token_id 11 is not in the vocabulary of 11"),
         ([[1]], {"eos_token_id": [-1]}, "must hold token ids, whole numbers from 0"),
-        ([[1]], {"decoder_start_token_id": 1}, "decoder_start_token_id=1 was given, but this model has no encoder"),
+        ([[1]], {"decoder_start_token_id": 1}, "=1 was given, but this model has no encoder"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number of at least 1"),
         ([[1]], {"max_new_tokens": 4, "min_new_tokens": 5}, "min_new_tokens=5 is more than max_new_tokens=4"),
         ([[1]], {"max_tokens": 4}, "unknown option 'max_tokens'; did you mean 'max_new_tokens'"),
@@ -364,12 +365,12 @@ def test_a_context_that_does_not_fit_in_memory_is_refused_first(monkeypatch: pyt
         ([[1]], {"length_penalty": 0.6}, "length_penalty=0.6 has no effect without beams"),
         ([[1]], {"early_stopping": True}, "early_stopping=True has no effect without beams"),
         ([[1]], {"num_beams": 2, "temperature": 0.5}, "temperature=0.5 does not go with num_beams=2"),
-        ([[1]], {"num_beams": 2, "repetition_penalty": 1.5}, "repetition_penalty=1.5 does not go with num_beams=2"),
-        ([[1]], {"num_beams": 2, "stop_strings": ["a"]}, r"stop_strings=\('a',\) does not go with num_beams=2"),
-        ([[1]], {"num_beams": 2, "prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2 does not go with"),
-        ([[1]], {"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 is more than num_beams=2"),
-        ([[1]], {"num_beams": 2, "early_stopping": "always"}, "early_stopping='always' must be True, False or 'never'"),
-        ([[1]], {"num_beams": 2, "length_normaliser": "gnm"}, "unknown length_normaliser 'gnm'; did you mean 'gnmt'"),
+        ([[1]], {"num_beams": 2, "repetition_penalty": 1.5}, "penalty=1.5 does not go with num_beams"),
+        ([[1]], {"num_beams": 2, "stop_strings": ["a"]}, r"stop_strings=\('a',\) does not go with"),
+        ([[1]], {"num_beams": 2, "prompt_lookup_num_tokens": 2}, "num_tokens=2 does not go with num_beams"),
+        ([[1]], {"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences=3 is more than num_beams"),
+        ([[1]], {"num_beams": 2, "early_stopping": "always"}, "='always' must be True, False or 'never'"),
+        ([[1]], {"num_beams": 2, "beam_rule": "gnm"}, "unknown beam_rule 'gnm'; did you mean 'gnmt'"),
         ([[1]], {"cache_dtype": torch.int32}, "cache dtype torch.int32 is not accepted"),
     ],
 )  # fmt: skip

@@ -30,7 +30,7 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1], [2, 3]]
 
 
 def spread(model: nn.Module, seed: int) -> Any:
-    """The same model in float64 with weights large enough that its next token depends on everything before."""
+    """The same model in float64 with weights so large that a next token depends on all before."""
     generator = torch.Generator().manual_seed(seed)
     model = model.double().eval()
     with torch.no_grad():

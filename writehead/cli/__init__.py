@@ -59,7 +59,7 @@ class Verbs(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         given, debug = errors.take_debug(sys.argv[1:] if args is None else args)
-        extra |= {"standalone_mode": False}
+        extra |= {"standalone_mode": False, "prog_name": "writehead"}
         errors.run(lambda: super(Verbs, self).main(given, *rest, **extra), debug)
 
 

@@ -52,6 +52,7 @@ def describe(error: BaseException) -> str:
 def _usage(error: Exception) -> str:
     formatted: str = error.format_message()  # type: ignore[attr-defined]
     text = " ".join(formatted.split()).replace("(Possible options:", "(did you mean:")
+    text = text.replace(": Value error, ", ": ")  # what pydantic puts before a sentence of its own
     context = getattr(error, "ctx", None)
     where = f"; see {context.command_path} --help" if context is not None else ""
     return text.rstrip(".") + where

@@ -24,7 +24,7 @@ def table(*columns: str, title: str | None = None) -> Table:
     """A table whose first column is text and whose others are figures."""
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="right" if index else "left")
+        grid.add_column(column, justify="right" if index else "left", no_wrap=not index)
     return grid
 
 

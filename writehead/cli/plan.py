@@ -1,5 +1,6 @@
-"""`writehead plan MODEL`: what a model costs before it runs, with other numbers of key/value heads beside it."""
+"""`writehead plan MODEL`: what a model costs before it runs, beside other numbers of key/value heads."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -98,7 +99,7 @@ def _print(
     screen.print(_subject(call, words))
     screen.print()
     grid = table("", *(_heading(plan) for plan in plans))
-    rows = {
+    rows: dict[str, Callable[[Plan], str]] = {
         "parameters": lambda p: count(p.parameters),
         "weights": lambda p: size(p.weight_bytes),
         "state of all rows": lambda p: size(p.state_bytes),
@@ -108,7 +109,7 @@ def _print(
         "bandwidth": lambda p: f"{size(p.bandwidth)}/s",
         "bound by": lambda p: p.bound,
         "time, at least": lambda p: _time(p.seconds),
-        "tokens/s, at most": lambda p: f"{p.tokens_per_second:,.4g}",
+        "tokens/s, at most": lambda p: _speed(p.tokens_per_second),
         "prefill, at least": lambda p: "" if p.prefill_seconds is None else _time(p.prefill_seconds),
     }
     for label, cell in rows.items():
@@ -159,7 +160,8 @@ def _subject(call: "Call", words: dict[str, str]) -> str:
     if call.tokens > 1:
         return f"encoding {rows} of {call.tokens} tokens, {types}"
     source = f" that read sources of {call.source} tokens" if call.source else ""
-    return f"a decode step of {rows} at context {call.context + 1}{source}, {types}, cache {words['cache_dtype']}"
+    step = f"a decode step of {rows} at context {call.context + 1}{source}"
+    return f"{step}, {types}, cache {words['cache_dtype']}"
 
 
 def _heading(plan: "Plan") -> str:
@@ -167,8 +169,12 @@ def _heading(plan: "Plan") -> str:
     return f"{plan.name}{heads}{' *' if plan.own else ''}"
 
 
+def _speed(tokens: float) -> str:
+    return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.3g}"
+
+
 def _time(seconds: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
+    for unit, scale in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"

@@ -10,6 +10,7 @@ from writehead.bench import machine
 from writehead.catalog import MIXERS, argument
 from writehead.config import ModelConfig
 from writehead.core.cache import Store
+from writehead.core.system import available_memory
 from writehead.core.work import Call
 from writehead.costs import Model, costs, parameters, read_costs, skeleton
 from writehead.model.encoder import Encoder
@@ -171,16 +172,14 @@ def plans(config: ModelConfig, call: Call, limits: Limits) -> list[Plan]:
 
 def concerns(config: ModelConfig, call: Call, own: Plan) -> list[str]:
     """What a user should know before running it."""
-    context, free, found = call.context + call.tokens, machine.available_memory(), []
+    context, free, found = call.context + call.tokens, available_memory(), []
     if free is not None and own.memory_bytes > free:
         found.append(
             f"the model does not fit: it needs {own.memory_bytes:,} bytes ({own.weight_bytes:,} of weights, "
             f"{own.state_bytes:,} of state), {free:,} are available"
         )
     if config.max_context is not None and context > config.max_context:
-        found.append(
-            f"context={context} is beyond the {config.max_context} tokens that the model was made for"
-        )
+        found.append(f"context={context} is beyond the {config.max_context} tokens the model was made for")
     return found
 
 
@@ -236,7 +235,7 @@ def _heads(spec: Any) -> tuple[Any, Any]:
 
 
 def _share(config: ModelConfig, group: int | None) -> ModelConfig:
-    """The model with `group` query heads to a key/value head, or all to one, in its mixers and cross-attentions."""
+    """The model with `group` query heads to a key/value head, or all to one, its cross-attentions too."""
 
     def shared(spec: Any) -> Any:
         heads = _heads(spec)[0]

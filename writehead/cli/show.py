@@ -92,15 +92,12 @@ def figures(row: "Row", spec: Mapping[str, Any], dim: int | None) -> dict[str, A
 
     An encoder's figures are those of a whole sequence, those of cross-attention of a source, of that length.
     """
-    import torch
-
     from writehead.catalog import MIXERS, argument, build
     from writehead.core.work import Call, values
 
     heads = argument(MIXERS, spec, "heads") or 8
     dim = dim or heads * HEAD_DIM
-    with torch.device("meta"):
-        mixer = build(MIXERS, spec, dim=dim, position=None)
+    mixer = build(MIXERS, spec, dim=dim, position=None)
     columns = []
     for context in CONTEXTS:
         if hasattr(mixer, "memory_bytes"):

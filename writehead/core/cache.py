@@ -55,7 +55,11 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, reach: Reach, store: "Store") -> "Layout":
         """The layout that keeps what the pattern's reach says, and the store's slack."""
-        return cls(0, None, 0) if reach.window is None else cls(reach.lead, reach.window, store.slack)
+        if reach.window is None:
+            return cls(0, None, 0)
+        return cls(
+            reach.lead, max(1, reach.window), store.slack
+        )  # a ring has a slot, also if nothing is read
 
     @property
     def limit(self) -> int | None:
@@ -96,7 +100,7 @@ class Plan(NamedTuple):
     at: tuple[Tensor, Tensor, Tensor] | None  # else row, token and slot of each token to store
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class KV(Node):
     """Keys and values with the position of each slot.
 
@@ -187,6 +191,10 @@ def append(kv: KV, k: Tensor, v: Tensor, pos: Positions) -> tuple[KV, Keys]:
         The cache after the tokens, and keys and values of past and new tokens as they are stored.
     """
     plan = pos.once(_plan, pos, kv.pos, kv.used, kv.layout)
+    if plan.run is not None and kv.used and k.shape[1] == 1 and kv.k.dtype == k.dtype:
+        kv = _write(kv, plan, ((k.transpose(1, 2), None), (v.transpose(1, 2), None)))
+        k, v = (t.narrow(2, 0, kv.used).transpose(1, 2) for t in (kv.k, kv.v))
+        return kv, Keys(k, v, plan.seen)
     new, dtype = (_encode(k.transpose(1, 2), kv), _encode(v.transpose(1, 2), kv)), k.dtype
     if kv.used == 0:
         k, v = (_decode(*t, dtype).transpose(1, 2) for t in new)
@@ -251,7 +259,7 @@ def _put(old: Tensor, new: Tensor, plan: Plan) -> Tensor:
         a, b = plan.run
         if graph:
             return old.slice_scatter(new, 2, a, b)
-        old[:, :, a:b] = new
+        old.narrow(2, a, b - a).copy_(new)
         return old
     assert plan.at is not None
     row, token, slot = plan.at
@@ -324,7 +332,7 @@ def _forget(pos: Tensor, n: Tensor, layout: Layout) -> Tensor:
         there = ((pos >= oldest[:, None]) & (pos < keep[:, None])).sum(1)
         if bool((there < keep - oldest).any()):
             raise CannotRewind(
-                f"a ring of window {layout.window} and slack {layout.slack} can take back {layout.slack} "
-                f"tokens, not {int(n.max())}; create its state with Store(slack={int(n.max())})"
+                f"a ring of window {layout.window} and slack {layout.slack} no longer holds what was read "
+                f"before the last {int(n.max())} tokens; create its state with Store(slack={int(n.max())})"
             )
     return torch.where(pos < keep[:, None], pos, -1)

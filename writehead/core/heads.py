@@ -1,9 +1,12 @@
 """Head sharing: one projection to H query heads and G key/value heads, each head D wide."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from writehead.core.bind import Of, itself
 from writehead.core.norm import RMS
 from writehead.core.shapes import check_multiple
 
@@ -53,6 +56,26 @@ class QKV(nn.Module):
         self.q_norm = RMS(self.head_dim, norm_eps) if norm_eps is not None else None
         self.k_norm = RMS(self.head_dim, norm_eps) if norm_eps is not None else None
 
+    def bind(self, of: Of = itself) -> Callable[..., tuple[Tensor, Tensor]]:
+        H, G, D, weight, bias = self.heads, self.kv_heads, self.head_dim, self.weight, self.bias
+        q_norm, k_norm = (None if norm is None else of(norm) for norm in (self.q_norm, self.k_norm))
+
+        def run(x: Tensor, infused: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            B, T, _ = x.shape
+            if infused is None:
+                heads = F.linear(x, weight, bias).view(B, T, H + 2 * G, D)
+                qk, v = heads.narrow(2, 0, H + G), heads.narrow(2, H + G, G)
+            else:
+                rows = (H + G) * D
+                biases = (None, None) if bias is None else (bias[:rows], bias[rows:])
+                qk = F.linear(infused, weight[:rows], biases[0]).view(B, T, H + G, D)
+                v = F.linear(x, weight[rows:], biases[1]).view(B, T, G, D)
+            if q_norm is not None and k_norm is not None:
+                qk = torch.cat([q_norm(qk.narrow(2, 0, H)), k_norm(qk.narrow(2, H, G))], 2)
+            return qk, v
+
+        return run
+
     def forward(self, x: Tensor, infused: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Project.
 
@@ -64,17 +87,4 @@ class QKV(nn.Module):
             Queries and keys side by side (B, T, H + G, D), so that one operation can rotate both, and values
             (B, T, G, D).
         """
-        B, T, _ = x.shape
-        reading = self.heads + self.kv_heads
-        if infused is None:
-            heads = F.linear(x, self.weight, self.bias).view(B, T, -1, self.head_dim)
-            qk, v = heads[:, :, :reading], heads[:, :, reading:]
-        else:
-            sizes = [reading * self.head_dim, self.kv_heads * self.head_dim]
-            bias = (None, None) if self.bias is None else self.bias.split(sizes)
-            weight = self.weight.split(sizes)
-            qk = F.linear(infused, weight[0], bias[0]).view(B, T, -1, self.head_dim)
-            v = F.linear(x, weight[1], bias[1]).view(B, T, -1, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])], 2)
-        return qk, v
+        return self.bind()(x, infused)

@@ -6,7 +6,7 @@ and the slots of a cache all follow from it, and one property test ties them tog
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -196,9 +196,12 @@ class And(Pattern):
         return self.a.heads or self.b.heads
 
     def keys(self, q: Tensor) -> Tensor:
-        bounded, other = (self.a, self.b) if self.a.reach.window is not None else (self.b, self.a)
-        k = bounded.keys(q)
-        return torch.where((k >= 0) & _reads(other, q, k), k, -1)
+        first, second = (self.a, self.b) if self.a.reach.window is not None else (self.b, self.a)
+        try:
+            k = first.keys(q)
+        except ValueError:  # Full has no list; the other one's is enough
+            k = second.keys(q)
+        return torch.where((k >= 0) & _reads(self, q, k), k, -1)
 
 
 @dataclass(frozen=True)
@@ -283,7 +286,7 @@ def _same_heads(a: Pattern, b: Pattern) -> None:
 
 def _reads(pattern: Pattern, q: Tensor, k: Tensor) -> Tensor:
     """q (N,), k (N, K) -> bool (N, K): may some head of the query read that key?"""
-    return pattern.allows(q[:, None, None], k[:, None]).any(1)
+    return pattern.allows(q[:, None, None, None], k[:, None, None]).any(1)[:, 0]
 
 
 PATTERNS: dict[str, type[Pattern]] = {
@@ -315,20 +318,32 @@ def from_spec(spec: Mapping[str, Any] | Pattern) -> Pattern:
     """
     if isinstance(spec, Pattern):
         return spec
-    check_choice("pattern", str(spec.get("name")), PATTERNS)
-    kind = PATTERNS[spec["name"]]
-    accepted = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"a pattern is a mapping such as {{'name': 'causal'}}; got {spec!r}")
+    name = str(spec.get("name"))
+    check_choice("pattern", name, PATTERNS)
+    kinds = {f.name: f for f in fields(PATTERNS[name])}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in spec.items():
-        if key == "name":
-            continue
-        check_choice(f"field of pattern {spec['name']!r}", key, accepted)
-        nested = isinstance(value, list | tuple)
-        values[key] = (
-            tuple(map(from_spec, value))
-            if nested
-            else from_spec(value)
-            if isinstance(value, Mapping)
-            else value
-        )
-    return kind(**values)
+        if key != "name":
+            check_choice(f"field of pattern {name!r}", str(key), kinds)
+            values[key] = _value(f"field {key!r} of pattern {name!r}", value, kinds[key].type)
+    missing = [key for key, f in kinds.items() if key not in values and f.default is MISSING]
+    if missing:
+        raise ValueError(f"pattern {name!r} needs {', '.join(missing)}; got {dict(spec)}")
+    return PATTERNS[name](**values)
+
+
+def _value(what: str, value: Any, kind: Any) -> Any:
+    """A field's value out of a spec's: a whole number, a pattern, or several."""
+    if kind is int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{what} must be int; got {value!r}")
+        return value
+    if kind is Pattern:
+        if not isinstance(value, Mapping | Pattern):
+            raise ValueError(f"{what} must be a pattern; got {value!r}")
+        return from_spec(value)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{what} must be a list of patterns; got {value!r}")
+    return tuple(map(from_spec, value))

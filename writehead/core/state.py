@@ -25,13 +25,12 @@ class Once:
         self._done: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
 
     def __call__(self, function: Callable[..., S], *args: Any) -> S:
-        key = (function, *(id(a) if isinstance(a, Tensor) else a for a in args))
-        if key not in self._done:
-            self._done[key] = (
-                args,
-                function(*args),
-            )  # args are kept: an id is only valid while its object lives
-        return self._done[key][1]  # type: ignore[no-any-return]
+        key = (function, *[id(a) if isinstance(a, Tensor) else a for a in args])
+        done = self._done.get(key)
+        if done is None:
+            # the arguments are kept, since an id is only valid while its object lives
+            done = self._done[key] = (args, function(*args))
+        return done[1]
 
 
 class Node(ABC):
@@ -129,7 +128,9 @@ def rewind(state: S, n: int | Tensor, once: Once | None = None) -> S:
         CannotRewind: some part of the state only keeps a summary of its past, or forgot what it would need.
     """
     once = once or Once()
-    first = next(tensors(state))
+    first = next(tensors(state), None)
+    if first is None:
+        return state
     count = torch.full((len(first),), n, device=first.device) if isinstance(n, int) else n
     if int(count.min()) < 0:
         raise ValueError(f"n={n} must not be negative")

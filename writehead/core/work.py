@@ -1,18 +1,19 @@
 """What a call must compute and move at least, as mixers and feed-forward layers state it of themselves.
 
 A part states its work as a method `work(call)`; `costs.py` adds the parts up. Only products count as
-operations, a multiply-add as two, as `torch.utils.flop_counter` does; norms and activations are left out.
+operations, a multiply-add as two, as `torch.utils.flop_counter` does; norms, activations and the turning of
+heads by their positions are left out.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from writehead.core.cache import Layout, Store
-from writehead.core.pattern import Pattern
-from writehead.core.positions import Positions
+from writehead.core.pattern import Full, Pattern, PerHead
 
-PIECE = 1 << 22  # (query, key) pairs that are looked at together when those of a pattern are counted
+ROWS = 256  # queries that are looked at together when the pairs of a pattern are counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,15 @@ def _capped_sum(n: int, limit: int | None) -> int:
 
 def _allowed(pattern: Pattern, tokens: int) -> int:
     """Pairs of a pattern over a whole sequence, of all the heads that it tells apart."""
-    index = Positions.range(1, 0, tokens).index
-    step = max(1, PIECE // tokens)
-    masks = (pattern.mask(index[:, t : t + step], index) for t in range(0, tokens, step))
-    return sum(int(mask.sum()) for mask in masks)
+    if isinstance(pattern, PerHead):
+        return sum(_allowed(one, tokens) for one in pattern.patterns)
+    if isinstance(pattern, Full):
+        return tokens**2
+    if pattern.heads is not None:
+        index = torch.arange(tokens)[None]
+        return sum(int(pattern.mask(rows, index).sum()) for rows in index.split(ROWS, 1))
+    count = 0
+    for rows in torch.arange(tokens).split(ROWS):
+        keys = pattern.keys(rows)
+        count += int(((keys >= 0) & (keys < tokens)).sum())
+    return count

@@ -2,8 +2,8 @@
 
 Paper     Wu et al. 2016, "Google's Neural Machine Translation System", arXiv:1609.08144 (the length penalty)
 Equation  score = log p(text) / penalty(length); length counts the end-of-sequence token
-Differs   candidates are twice the beams (more with several end tokens), so that as many beams survive even if
-          half of them end; a search stops when no beam can win any more, whatever its length
+Differs   there are two rules, which differ in more than the penalty (`Options.beam_rule`); candidates are
+          twice the beams, or more with several end tokens, so that as many beams survive
 """
 
 import time
@@ -51,7 +51,11 @@ class Hypotheses:
         scale = penalty(length, self._options)
         real = [c for c in candidates if c.total > -torch.inf]
         self.alive = [c for c in real if c.link.token not in eos][:beams]
-        new = [(c.total / scale, c.link) for c in real if c.link.token in eos]
+        ends = [c for c in real if c.link.token in eos]
+        if self._options.beam_rule == "power":
+            cut = length == self._options.max_new_tokens
+            ends = [c for c in real[:beams] if cut or c.link.token in eos]
+        new = [(c.total / scale, c.link) for c in ends]
         self.ended = sorted(self.ended + new, key=lambda e: -e[0])[:beams]
 
     def done(self, length: int) -> bool:
@@ -68,7 +72,9 @@ class Hypotheses:
         return best <= self.ended[-1][0]
 
     def best(self, length: int) -> list[tuple[float, Link]]:
-        """The texts to give back: those that ended, then what the limit cut off."""
+        """The texts to give back: those that ended, and by the rule "gnmt" then what the limit cut off."""
+        if self._options.beam_rule == "power":
+            return self.ended[: self._options.num_return_sequences]
         scale = penalty(length, self._options)
         cut = [(c.total / scale, c.link) for c in self.alive]
         return [*self.ended, *cut][: self._options.num_return_sequences]
@@ -122,7 +128,7 @@ def search(
 
 def penalty(length: int, options: Options) -> float:
     """What a log-probability of so many tokens is divided by."""
-    base = length if options.length_normaliser == "power" else (5 + length) / 6
+    base = length if options.beam_rule == "power" else (5 + length) / 6
     return float(base**options.length_penalty)
 
 

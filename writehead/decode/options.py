@@ -8,7 +8,7 @@ from writehead.core.cache import Store
 from writehead.core.shapes import check_choice
 from writehead.decode.sampling import Sampling
 
-NORMALISERS = ("power", "gnmt")
+BEAM_RULES = ("power", "gnmt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,10 @@ class Options:
         num_return_sequences: continuations of each prompt: samples, or the best beams.
         num_beams: beams of a search; 1 is none.
         length_penalty: a beam's log-probability is divided by the length's penalty to this power.
-        length_normaliser: "power": length; "gnmt": (5 + length) / 6 (Wu et al. 2016).
+        beam_rule: "power", the search of transformers: the penalty is length ** length_penalty, a text that
+            ends counts if it is among the num_beams best so far, and texts that the limit cuts off compete.
+            "gnmt", that of Tensor2Tensor and Mesh TensorFlow: the penalty is ((5 + length) / 6) **
+            length_penalty, any text that ends counts, and texts that the limit cuts off come after those.
         early_stopping: what ends a search once num_beams texts ended: True, just that; False, the best beam
             would not win by ending now; "never" (safe, the default), no beam can win at any length.
         eos_token_id: the tokens that end a text: one or several; None = those of the tokenizer, () = none.
@@ -47,7 +50,7 @@ class Options:
     num_return_sequences: int = 1
     num_beams: int = 1
     length_penalty: float = 1.0
-    length_normaliser: str = "power"
+    beam_rule: str = "power"
     early_stopping: bool | str = "never"
     eos_token_id: int | Sequence[int] | None = None
     stop_strings: Sequence[str] = ()
@@ -66,10 +69,13 @@ class Options:
             )
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"early_stopping={self.early_stopping!r} must be True, False or 'never'")
-        check_choice("length_normaliser", self.length_normaliser, NORMALISERS)
+        check_choice("beam_rule", self.beam_rule, BEAM_RULES)
         if isinstance(self.stop_strings, str):
             raise ValueError(f"stop_strings={self.stop_strings!r} must be a list of strings")
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        for stop in self.stop_strings:
+            if not isinstance(stop, str) or not stop:
+                raise ValueError(f"stop_strings: {stop!r} is not a string of at least one character")
         _ = self.sampling, self.store, self.eos  # they check their values
         self._check_beams()
         if self.num_beams == 1 and self.num_return_sequences > 1 and self.temperature == 0:
@@ -145,7 +151,7 @@ _WHOLE = {
     "num_beams": 1,
     "prompt_lookup_num_tokens": 0,
 }
-_BEAM_ONLY = {"length_penalty": 1.0, "length_normaliser": "power", "early_stopping": "never"}
+_BEAM_ONLY = {"length_penalty": 1.0, "beam_rule": "power", "early_stopping": "never"}
 _NOT_WITH_BEAMS = {
     "temperature": 0.0,
     "repetition_penalty": 1.0,

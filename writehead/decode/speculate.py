@@ -43,7 +43,8 @@ class Lookup:
         for n in range(min(LONGEST, len(self._text)), SHORTEST - 1, -1):
             at = self._after.get(tuple(self._text[-n:]))
             if at is not None:
-                return self._text[at : at + max(0, min(most, self._length))]
+                period = len(self._text) - at  # a match that reaches into the end of the text repeats itself
+                return [self._text[at + n % period] for n in range(min(most, self._length))]
         return []
 
     def judge(self, drafted: int, accepted: int) -> None:

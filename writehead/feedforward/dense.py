@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from writehead.core.bind import Of, itself
 from writehead.core.shapes import check_choice
 from writehead.core.work import Call, Work, products, values
 from writehead.mixer import NOTHING, Aux
@@ -70,13 +71,22 @@ class Dense(nn.Module):
     def work(self, call: Call) -> Work:
         return Work(flops=2 * call.rows * products(self), weights=values(self))
 
+    def bind(self, of: Of = itself) -> Callable[[Tensor], tuple[Tensor, Aux]]:
+        inner, outer, activate = of(self.inner), of(self.outer), self.activate
+        width = self.outer.in_features
+
+        def plain(x: Tensor) -> tuple[Tensor, Aux]:
+            return outer(activate(inner(x))), NOTHING
+
+        def gated(x: Tensor) -> tuple[Tensor, Aux]:
+            h = inner(x)
+            return outer(activate(h.narrow(-1, 0, width)) * h.narrow(-1, width, width)), NOTHING
+
+        return gated if self.gated else plain
+
     def forward(self, x: Tensor) -> tuple[Tensor, Aux]:
         """x (B, T, X) -> y (B, T, X) and auxiliary values."""
-        h = self.inner(x)
-        if self.gated:
-            gate, h = h.chunk(2, -1)
-            return self.outer(self.activate(gate) * h), NOTHING
-        return self.outer(self.activate(h)), NOTHING
+        return self.bind()(x)
 
 
 class Chunked(nn.Module):

@@ -12,12 +12,13 @@ Differs   scores are scaled by D^-1/2 (the 2019 paper folds that into the initia
           convention
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from writehead.core.bind import Of, itself
 from writehead.core.cache import KV, Keys, Layout, Store, append, empty, state_bytes
 from writehead.core.heads import QKV
 from writehead.core.pattern import Causal, Pattern, from_spec
@@ -95,79 +96,104 @@ class Softmax(nn.Module):
             state_written=new * slot,
         )
 
-    def forward(self, x: Tensor, pos: Positions, state: KV | None = None) -> tuple[Tensor, KV, Aux]:
+    def bind(self, of: Of = itself) -> Callable[..., tuple[Tensor, KV, Aux]]:
         if not self.pattern.causal:
             raise ValueError(
                 f"pattern {self.pattern} reads keys after the query, so it cannot decode: use encode"
             )
-        q, k, v = self._project(x, pos)
-        state, keys = append(self.init_state(len(x), x) if state is None else state, k, v, pos)
-        return self.out(self._attend(q, keys, pos).flatten(2)), state, NOTHING
+        project, attend_to, out, start = self._project(of), self._attend(), of(self.out), self.init_state
+
+        def run(x: Tensor, pos: Positions, state: KV | None = None) -> tuple[Tensor, KV, Aux]:
+            q, k, v = project(x, pos)
+            state, keys = append(start(len(x), x) if state is None else state, k, v, pos)
+            return out(attend_to(q, keys, pos).flatten(2)), state, NOTHING
+
+        return run
+
+    def forward(self, x: Tensor, pos: Positions, state: KV | None = None) -> tuple[Tensor, KV, Aux]:
+        return self.bind()(x, pos, state)
 
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
-        q, k, v = self._project(x, pos)
-        y = self._attend(q, Keys(k, v, pos.index), pos)
+        q, k, v = self._project(itself)(x, pos)
+        y = self._attend()(q, Keys(k, v, pos.index), pos)
         return self.out(y.flatten(2)), NOTHING
 
-    def _project(self, x: Tensor, pos: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        check_shape("x", x, "B T X", B=pos.index.shape[0], T=pos.index.shape[1], X=self.qkv.weight.shape[1])
-        self.position.check_context(pos)
-        heads, v = self.qkv(x, self.position.infuse(x, pos))
-        heads, H = self.position.rotate(heads, pos), self.qkv.heads
-        return heads[:, :, :H], heads[:, :, H:], v
+    def _project(self, of: Of) -> Callable[[Tensor, Positions], tuple[Tensor, Tensor, Tensor]]:
+        qkv, H, G, X = of(self.qkv), self.qkv.heads, self.qkv.kv_heads, self.qkv.weight.shape[1]
+        scheme = self.position
+        infuse, rotate = scheme.infuse if has(scheme, "infuse") else None, scheme.rotate
+        turns, ends = has(scheme, "rotate"), scheme.max_context is not None
 
-    def _attend(self, q: Tensor, keys: Keys, pos: Positions) -> Tensor:
-        if not self.biased and pos.once(_triangle, pos, keys.pos, self.pattern):
-            return attend(q, keys.k, keys.v, causal=True, scale=self.scale)[0]
-        pieces = []
-        for view in pos.once(_views, pos.index, keys.pos, self.pattern):
-            t, s = slice(*view.queries), slice(*view.keys)
-            bias = pos.once(self.position.bias, view.q, view.k, q.dtype) if self.biased else None
-            pieces.append(
-                attend(q[:, t], keys.k[:, s], keys.v[:, s], mask=view.mask, bias=bias, scale=self.scale)[0]
-            )
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        def run(x: Tensor, pos: Positions) -> tuple[Tensor, Tensor, Tensor]:
+            B, T = pos.index.shape
+            if x.shape != (B, T, X):
+                check_shape("x", x, "B T X", B=B, T=T, X=X)
+            if ends:
+                scheme.check_context(pos)
+            heads, v = qkv(x) if infuse is None else qkv(x, infuse(x, pos))
+            heads = rotate(heads, pos) if turns else heads
+            return heads.narrow(2, 0, H), heads.narrow(2, H, G), v
+
+        return run
+
+    def _attend(self) -> Callable[[Tensor, Keys, Positions], Tensor]:
+        pattern, scale, score_bias = self.pattern, self.scale, self.position.bias if self.biased else None
+
+        def run(q: Tensor, keys: Keys, pos: Positions) -> Tensor:
+            pieces = []
+            for view in pos.once(_views, pos, keys.pos, pattern, score_bias is not None):
+                t, s = view.queries, view.keys
+                bias = None if score_bias is None else pos.once(score_bias, view.q, view.k, q.dtype)
+                part = (q, keys.k, keys.v) if view.whole else (q[:, t], keys.k[:, s], keys.v[:, s])
+                pieces.append(attend(*part, mask=view.mask, bias=bias, causal=view.causal, scale=scale)[0])
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+        return run
 
 
 class View(NamedTuple):
     """A run of queries and the run of keys that some of them read."""
 
-    queries: tuple[int, int]
-    keys: tuple[int, int]
+    queries: slice
+    keys: slice
     q: Tensor  # (B, T) positions
     k: Tensor  # (B, S) positions
-    mask: Tensor | None  # None = all read all
+    mask: Tensor | None  # None = all read all, or a triangle
+    causal: bool = False  # the keys are the new tokens, each reads itself and those before
+    whole: bool = True  # there is no other view
 
 
-def _triangle(pos: Positions, k_pos: Tensor, pattern: Pattern) -> bool:
-    """Are the keys the new tokens themselves, in order, each reading itself and those before?"""
-    return pattern == Causal() and k_pos is pos.index and (pos.start is not None or pos.in_place)
-
-
-def _views(q_pos: Tensor, k_pos: Tensor, pattern: Pattern) -> list[View]:
+def _views(pos: Positions, k_pos: Tensor, pattern: Pattern, biased: bool) -> list[View]:
     """The pieces in which a call goes over its queries; masks are made once and shared by the layers."""
-    return list(_pieces(q_pos, k_pos, pattern))
-
-
-def _pieces(q_pos: Tensor, k_pos: Tensor, pattern: Pattern) -> Iterator[View]:
+    q_pos, everything = pos.index, slice(None)
+    in_order = k_pos is q_pos and (pos.start is not None or pos.in_place)
+    if in_order and pattern == Causal() and not biased:
+        return [View(everything, everything, q_pos, k_pos, None, causal=True)]
     T, S = q_pos.shape[1], k_pos.shape[1]
     rows = max(16, SCORES // max(S, 1))
+    if rows >= T:
+        return [View(everything, everything, q_pos, k_pos, _mask(q_pos, k_pos, pattern))]
+    views = []
     for first in range(0, T, rows):
-        last = min(T, first + rows)
-        q = q_pos[:, first:last]
-        a, b = (0, S) if rows >= T else _readable(q, k_pos, pattern)
-        k = k_pos[:, a:b]
-        mask = pattern.mask(q, k)
-        yield View((first, last), (a, b), q, k, None if bool(mask.all()) else mask)
+        t = slice(first, first + rows)
+        s = _readable(q_pos[:, t], k_pos, pattern)
+        q, k = q_pos[:, t], k_pos[:, s]
+        views.append(View(t, s, q, k, _mask(q, k, pattern), whole=False))
+    return views
 
 
-def _readable(q: Tensor, k_pos: Tensor, pattern: Pattern) -> tuple[int, int]:
+def _mask(q: Tensor, k: Tensor, pattern: Pattern) -> Tensor | None:
+    mask = pattern.mask(q, k)
+    return None if bool(mask.all()) else mask
+
+
+def _readable(q: Tensor, k_pos: Tensor, pattern: Pattern) -> slice:
     """The run of slots outside of which no query of q reads."""
     real = q[q >= 0]
     if not len(real):
-        return 0, 0
+        return slice(0, 0)
     keep = (k_pos >= 0) & pattern.needed(k_pos, real.min())
     if pattern.causal:
         keep &= k_pos <= real.max()
     slots = keep.any(0).nonzero()
-    return (int(slots[0]), int(slots[-1]) + 1) if len(slots) else (0, 0)
+    return slice(int(slots[0]), int(slots[-1]) + 1) if len(slots) else slice(0, 0)

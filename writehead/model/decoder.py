@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from writehead.config import ModelConfig
+from writehead.core.bind import Of, itself
 from writehead.core.cache import Store, share_positions
 from writehead.core.positions import advance
 from writehead.core.shapes import check_shape
@@ -86,6 +87,18 @@ class Decoder(nn.Module):
         """The layers."""
         yield from self.stack.blocks  # type: ignore[misc]
 
+    def bind(self, of: Of = itself) -> Callable[[Tensor, DecodeState], tuple[Tensor, DecodeState, Aux]]:
+        """`hidden` as a plain function; with `bound` for engines, which look every weight up once."""
+        embedding, stack = self.embedding, of(self.stack)
+
+        def run(tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState, Aux]:
+            check_shape("tokens", tokens, "B T", B=len(state.pos))
+            pos, after = advance(tokens, state.pos)
+            x, layers, aux = stack(embedding(tokens, pos), pos, state.layers)
+            return x, DecodeState(after, layers), aux
+
+        return run
+
     def hidden(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState, Aux]:
         """Take T new tokens into the state.
 
@@ -99,10 +112,7 @@ class Decoder(nn.Module):
         Raises:
             ValueError: a shape, token or position that the model does not have.
         """
-        check_shape("tokens", tokens, "B T", B=len(state.pos))
-        pos, after = advance(tokens, state.pos)
-        x, layers, aux = self.stack(self.embedding(tokens, pos), pos, state.layers)
-        return x, DecodeState(after, layers), aux
+        return self.bind()(tokens, state)
 
     def logits(self, x: Tensor) -> Tensor:
         """The last layer's output (..., X) -> (..., V)."""

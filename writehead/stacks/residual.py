@@ -9,11 +9,12 @@ Decodes   as its mixers do
 Differs   nothing
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from writehead.core.bind import Of, itself
 from writehead.core.norm import RMS
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice
@@ -46,46 +47,66 @@ class Block(nn.Module):
         self.cross_norm = None if cross is None else make_norm(norm, dim, eps)
         self.feedforward_norm = None if one_norm else make_norm(norm, dim, eps)
 
+    def bind(self, of: Of = itself) -> Callable[..., tuple[Tensor, tuple[State, State], Aux]]:
+        mixer, mixer_norm, feed = of(self.mixer), of(self.mixer_norm), self._feed(of)
+        cross = None
+        if self.cross is not None and self.cross_norm is not None:
+            cross = (of(self.cross), of(self.cross_norm))
+        post, drop = self.order == "post", self._drop
+
+        def run(
+            x: Tensor, pos: Positions, state: tuple[State, State]
+        ) -> tuple[Tensor, tuple[State, State], Aux]:
+            own, memory = state
+            h = x if post else mixer_norm(x)
+            y, own, aux = mixer(h, pos, own)
+            if cross is not None:
+                x = mixer_norm(x + drop(y)) if post else x + drop(y)
+                h = x if post else cross[1](x)
+                y, memory, more = cross[0](h, pos, memory)
+                aux = merge_aux(aux, more)
+            x, more = feed(x, h, y)
+            return x, (own, memory), merge_aux(aux, more)
+
+        return run
+
     def forward(
         self, x: Tensor, pos: Positions, state: tuple[State, State]
     ) -> tuple[Tensor, tuple[State, State], Aux]:
         """x (B, T, X) -> the same after this layer, the layer's state, auxiliary values."""
-        own, memory = state
-        if self.order == "parallel":
-            h = self.mixer_norm(x)
-            y, own, aux = self.mixer(h, pos, own)
-            z, more = self.feedforward(h if self.feedforward_norm is None else self.feedforward_norm(x))
-            return x + self._drop(y + z), (own, memory), merge_aux(aux, more)
-        y, own, aux = self.mixer(self._before(self.mixer_norm, x), pos, own)
-        x = self._after(self.mixer_norm, x, y)
-        if self.cross is not None and self.cross_norm is not None:
-            y, memory, more = self.cross(self._before(self.cross_norm, x), pos, memory)
-            x, aux = self._after(self.cross_norm, x, y), merge_aux(aux, more)
-        return self._feed(x, (own, memory), aux)
+        return self.bind()(x, pos, state)
 
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """The bidirectional form: no state."""
-        h = self._before(self.mixer_norm, x)
+        h = x if self.order == "post" else self.mixer_norm(x)
         y, aux = self.mixer.encode(h, pos)  # type: ignore[operator]
-        if self.order == "parallel":
-            z, more = self.feedforward(h if self.feedforward_norm is None else self.feedforward_norm(x))
-            return x + self._drop(y + z), merge_aux(aux, more)
-        x, _, aux = self._feed(self._after(self.mixer_norm, x, y), (None, None), aux)
-        return x, aux
+        x, more = self._feed(itself)(x, h, y)
+        return x, merge_aux(aux, more)
 
-    def _feed(
-        self, x: Tensor, state: tuple[State, State], aux: Aux
-    ) -> tuple[Tensor, tuple[State, State], Aux]:
-        assert self.feedforward_norm is not None
-        y, more = self.feedforward(self._before(self.feedforward_norm, x))
-        return self._after(self.feedforward_norm, x, y), state, merge_aux(aux, more)
+    def _feed(self, of: Of) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Aux]]:
+        """The rest of the layer, from its input x, what the last sublayer read (h) and what it gave (y)."""
+        feedforward, before, drop = of(self.feedforward), of(self.mixer_norm), self._drop
+        if self.cross_norm is not None:
+            before = of(self.cross_norm)
+        norm = None if self.feedforward_norm is None else of(self.feedforward_norm)
 
-    def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return x if self.order == "post" else norm(x)
+        def parallel(x: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Aux]:
+            z, aux = feedforward(h if norm is None else norm(x))
+            return x + drop(y + z), aux
 
-    def _after(self, norm: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x = x + self._drop(y)
-        return norm(x) if self.order == "post" else x
+        def pre(x: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Aux]:
+            assert norm is not None
+            x = x + drop(y)
+            y, aux = feedforward(norm(x))
+            return x + drop(y), aux
+
+        def post(x: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Aux]:
+            assert norm is not None
+            x = before(x + drop(y))
+            y, aux = feedforward(x)
+            return norm(x + drop(y)), aux
+
+        return {"parallel": parallel, "pre": pre, "post": post}[self.order]
 
     def _drop(self, y: Tensor) -> Tensor:
         return F.dropout(y, self.dropout) if self.training and self.dropout else y
@@ -130,16 +151,24 @@ class Residual(nn.Module):
         )
         self.norm = make_norm(norm, dim, eps) if last_norm else nn.Identity()
 
+    def bind(self, of: Of = itself) -> Callable[..., tuple[Tensor, tuple[State, ...], Aux]]:
+        blocks, norm = [of(block) for block in self.blocks], of(self.norm)
+
+        def run(x: Tensor, pos: Positions, state: tuple[State, ...]) -> tuple[Tensor, tuple[State, ...], Aux]:
+            after, aux = [], NOTHING
+            for block, own in zip(blocks, state, strict=True):
+                x, own, more = block(x, pos, own)
+                after.append(own)
+                aux = merge_aux(aux, more)
+            return norm(x), tuple(after), aux
+
+        return run
+
     def forward(
         self, x: Tensor, pos: Positions, state: tuple[State, ...]
     ) -> tuple[Tensor, tuple[State, ...], Aux]:
         """x (B, T, X) -> the stack's output, the layers' states, auxiliary values of all layers."""
-        after, aux = [], NOTHING
-        for block, own in zip(self.blocks, state, strict=True):
-            x, own, more = block(x, pos, own)
-            after.append(own)
-            aux = merge_aux(aux, more)
-        return self.norm(x), tuple(after), aux
+        return self.bind()(x, pos, state)
 
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """The bidirectional form: x (B, T, X) -> the stack's output and auxiliary values."""

@@ -1,0 +1,174 @@
+"""Prompt-lookup speculation: the tokens of plain decoding, on every kind of state, with fewer steps."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CAUSAL, END, PROMPTS, Counting, Letters, decoder, seq2seq
+from torch import Tensor, nn
+
+from writehead.core.positions import Positions
+from writehead.core.state import CannotRewind, rewind
+from writehead.decode.engine import TorchEngine
+from writehead.decode.generate import generate
+from writehead.decode.options import Options
+from writehead.decode.result import Result
+from writehead.decode.speculate import Lookup, Verifier
+from writehead.mixer import NOTHING, Aux
+
+MODES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.1, "seed": 7, "top_p": 0.9},
+    {"repetition_penalty": 1.2},
+    {"temperature": 0.8, "seed": 1, "repetition_penalty": 1.3, "num_return_sequences": 2},
+    {"min_new_tokens": 12},
+]
+
+
+class Summing(nn.Module):
+    """A mixer whose state is a decaying sum over its past, which nothing can take back."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def init_state(self, batch: int, like: Tensor, store: Any = None) -> Tensor:
+        return like.new_zeros(batch, self.out.in_features)
+
+    def state_bytes(self, batch: int, context: int, itemsize: int, store: Any = None) -> int:
+        return batch * self.out.in_features * itemsize
+
+    def forward(self, x: Tensor, pos: Positions, state: Tensor) -> tuple[Tensor, Tensor, Aux]:
+        sums = []
+        for t in range(x.shape[1]):
+            state = torch.where(pos.valid[:, t, None], 0.7 * state + x[:, t], state)
+            sums.append(state)
+        return self.out(torch.stack(sums, 1)), state, NOTHING
+
+
+def summing() -> Any:
+    """A decoder with one ordinary layer and one whose state cannot rewind."""
+    model = decoder("local_mqa")
+    torch.manual_seed(0)
+    model.stack.blocks[1].mixer = Summing(16).double().eval()
+    return model
+
+
+def assert_same(a: Result, b: Result) -> None:
+    for one, other in zip(a, b, strict=True):
+        assert other.tokens == one.tokens
+        assert (other.finish_reason, other.text) == (one.finish_reason, one.text)
+        assert other.logprobs == pytest.approx(one.logprobs, abs=1e-9)
+
+
+@pytest.mark.parametrize("values", MODES)
+@pytest.mark.parametrize("mixer", CAUSAL)
+def test_speculation_gives_the_tokens_of_plain_decoding(mixer: str, values: dict[str, Any]) -> None:
+    model = decoder(mixer)
+    options = Options(max_new_tokens=24, eos_token_id=END, **values)
+    plain = generate(model, PROMPTS, options, tokenizer=Letters())
+    drafted = 0
+    for most in (1, 4):
+        drafting = generate(model, PROMPTS, options, tokenizer=Letters(), prompt_lookup_num_tokens=most)
+        assert_same(plain, drafting)
+        drafted += drafting.timings.drafted_tokens
+    assert drafted > 0
+
+
+@pytest.mark.parametrize("values", MODES[:3])
+def test_speculation_works_on_states_that_cannot_rewind(values: dict[str, Any]) -> None:
+    model = summing()
+    _, state = TorchEngine(model).start(torch.tensor([[1]]), Options().store)
+    with pytest.raises(CannotRewind):
+        rewind(state, 0)
+    options = Options(max_new_tokens=24, eos_token_id=END, **values)
+    drafting = generate(model, PROMPTS, options, prompt_lookup_num_tokens=4)
+    assert_same(generate(model, PROMPTS, options), drafting)
+    timings = drafting.timings
+    assert 0 < timings.accepted_tokens < timings.drafted_tokens  # some were taken back
+
+
+def test_speculation_works_on_an_encoder_decoder_model() -> None:
+    values: dict[str, Any] = {"max_new_tokens": 24, "decoder_start_token_id": 1}
+    plain = generate(seq2seq(), PROMPTS, **values)
+    drafting = generate(seq2seq(), PROMPTS, prompt_lookup_num_tokens=3, **values)
+    assert_same(plain, drafting)
+    assert drafting.timings.drafted_tokens > 0
+
+
+def test_a_stop_string_within_a_draft_ends_the_text_there() -> None:
+    values: dict[str, Any] = {"max_new_tokens": 24, "eos_token_id": (), "tokenizer": Letters()}
+    plain = generate(decoder(), PROMPTS, **values)
+    texts = [g.text for g in plain if g.text]
+    for stop in {text[n : n + 3] for text in texts for n in (3, 9)} - {""}:
+        held = generate(decoder(), PROMPTS, stop_strings=[stop], **values)
+        drafting = generate(decoder(), PROMPTS, stop_strings=[stop], prompt_lookup_num_tokens=6, **values)
+        assert "stop" in {g.finish_reason for g in held}
+        assert_same(held, drafting)
+
+
+def test_repeated_text_takes_fewer_steps_and_the_report_adds_up() -> None:
+    engine = Counting(decoder(seed=0))  # says the same token over and over
+    result = generate(engine, [[4]], max_new_tokens=41, prompt_lookup_num_tokens=8)
+    timings = result.timings
+    assert timings.decode_tokens == 40 == timings.decode_steps + timings.accepted_tokens
+    assert timings.decode_steps == engine.calls <= 12
+    assert engine.stepped == timings.decode_steps + timings.drafted_tokens
+
+
+def test_drafts_never_reach_beyond_the_limit_or_the_position_table() -> None:
+    engine = Counting(decoder(position="learned", seed=0))
+    result = generate(engine, [[4] * 55], max_new_tokens=10, prompt_lookup_num_tokens=8)
+    assert len(result[0].tokens) == 10
+    assert engine.prefilled + engine.stepped >= 64
+    assert result.timings.drafted_tokens > 0
+
+
+@pytest.mark.parametrize("model", [decoder("local_mqa"), summing()], ids=["ring", "sum"])
+def test_taking_back_leaves_the_state_of_the_tokens_that_held(model: Any) -> None:
+    store = Options(prompt_lookup_num_tokens=3).store
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, -1]])
+    engine = TorchEngine(model)
+    verifier = Verifier(engine, engine.start(tokens, store)[1])
+    verifier.feed([7, 8], [[1, 2, 3], [4]])
+    verifier.take_back([2, 1])
+    after = verifier.feed([9, 9], [[], []])
+    held = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 1], [3, 4, 5, 6, 7, 8, -1, -1]])
+    _, state = engine.start(held, store)
+    expected, _ = engine.step(torch.tensor([9, 9]), state)
+    torch.testing.assert_close(after[:, 0], expected, atol=1e-10, rtol=0)
+
+
+def test_the_longest_and_latest_earlier_match_is_continued() -> None:
+    text = [1, 2, 3, 9, 5, 2, 3, 8, 2, 3]
+    assert Lookup(text, 4).draft(4) == [8, 2, 3, 8]  # the latest "2 3"
+    assert Lookup([*text[:-2], 1, 2, 3], 4).draft(4) == [9, 5, 2, 3]  # the longer "1 2 3"
+    assert Lookup([7, 8, 8, 8], 4).draft(4) == [8, 8, 8, 8]  # the match reaches into its own end
+    assert Lookup([5, 7, 8, 7, 8], 4).draft(4) == [7, 8, 7, 8]
+    assert Lookup(text, 4).draft(2) == [8, 2]
+    assert Lookup(text, 1).draft(4) == [8]
+    assert Lookup([1, 2, 3, 4], 4).draft(4) == []
+    assert Lookup([1, 2, 3, 2], 4).draft(4) == []  # one token alone is no match
+    assert Lookup([], 4).draft(4) == []
+    assert Lookup(text, 4).draft(0) == []
+
+
+def test_text_that_goes_on_is_looked_up_too() -> None:
+    lookup = Lookup([1, 2], 4)
+    assert lookup.draft(4) == []
+    lookup.extend([3, 1, 2])
+    assert lookup.draft(3) == [3, 1, 2]
+
+
+def test_drafts_shrink_when_they_fail_and_grow_when_they_hold() -> None:
+    lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2], 8)
+    assert len(lookup.draft(8)) == 8
+    lookup.judge(8, 1)
+    assert lookup.draft(8) == [3, 4]
+    lookup.judge(2, 0)
+    assert lookup.draft(8) == [3]
+    lookup.judge(0, 0)
+    assert lookup.draft(8) == [3]
+    for drafted, expected in ((1, 2), (2, 4), (4, 8), (8, 8)):
+        lookup.judge(drafted, drafted)
+        assert len(lookup.draft(8)) == expected
