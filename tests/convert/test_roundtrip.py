@@ -1,4 +1,4 @@
-"""What we save, transformers loads; what we load again is the same to the bit; shards, bare models, copies."""
+"""What we save, transformers loads; what we load again is the same to the bit; shards, copies."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, made by transformers: one of each kind of checkpoint that differs for us."""
+"""Tiny random models of every family, made by transformers: one of each kind that differs for us."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,8 @@ FALCON = {
     key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "intermediate_size")
 }
 T5: dict[str, Any] = {
-    "vocab_size": 97, "d_model": 48, "d_kv": 10, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 6,
+    "vocab_size": 97, "d_model": 48, "d_kv": 10, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 3,
+    "num_heads": 6,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
 }  # fmt: skip
 

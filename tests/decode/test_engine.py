@@ -167,3 +167,18 @@ def test_a_rings_state_stays_as_large_as_its_window() -> None:
     engine = TorchEngine(decoder("local_mqa"))
     _, state = engine.start(torch.ones(1, 30, dtype=torch.int64), Store(capacity=100))
     assert max(t.shape[2] for t in tensors(state) if t.dim() == 4) == RING["pattern"]["window"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own
+def test_a_compiled_engine_leaves_the_model_alone_and_shares_its_weights() -> None:
+    model, tokens = decoder(), padded(PROMPTS)
+    engine = TorchEngine(model, compile=True)
+    torch.testing.assert_close(
+        engine.start(tokens, Store())[0], TorchEngine(model).start(tokens, Store())[0], **EXACT
+    )
+    assert engine.decoder is not model
+    theirs = {p.data_ptr() for p in engine.decoder.parameters()}
+    assert theirs == {p.data_ptr() for p in model.parameters()}
+    assert all(block.feedforward._compiled_call_impl is None for block in model.blocks)
+    assert all(block.feedforward._compiled_call_impl is not None for block in engine.decoder.blocks)

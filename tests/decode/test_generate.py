@@ -351,6 +351,7 @@ def test_a_context_that_does_not_fit_in_memory_is_refused_first(monkeypatch: pyt
         ([[1, 11]], {}, r"prompt 0: token 11 is not in the vocabulary \(0 to 10\)"),
         ([[1, -1]], {}, r"prompt 0: token -1 is not in the vocabulary \(0 to 10\)"),
         ([[1]], {"stop_strings": ["a"]}, "stop_strings need a tokenizer"),
+        ([[1]], {"stop_strings": ["a", ""]}, "stop_strings: '' is not a string of at least one character"),
         ([[1]], {"stop_strings": "a"}, "stop_strings='a' must be a list of strings"),
         ([[1]], {"eos_token_id": 11}, "eos_token_id 11 is not in the vocabulary of 11"),
         ([[1]], {"eos_token_id": [-1]}, "must hold token ids, whole numbers from 0"),

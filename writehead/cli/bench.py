@@ -90,8 +90,8 @@ def decode_command(
     shared = []
     if grid:
         config = heads.SIXTEEN
-        spans = ((1,), (128, 512)) if quick else ((1, 8), (512, 2048, 8192))
-        shared = heads.grid(config, *spans, limits, rounds=min(rounds, 3), say=say)
+        batches, contexts = ((1,), (128, 512)) if quick else ((1, 8), (512, 2048, 8192))
+        shared = heads.grid(config, batches, contexts, limits, rounds=min(rounds, 3), say=say)
     say("")
     results = {"roofs": limits, "decode": rows, "heads": shared, "one_write_head": plots.summary(shared)}
     if as_json:

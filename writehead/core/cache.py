@@ -193,7 +193,8 @@ def append(kv: KV, k: Tensor, v: Tensor, pos: Positions) -> tuple[KV, Keys]:
     plan = pos.once(_plan, pos, kv.pos, kv.used, kv.layout)
     if plan.run is not None and kv.used and k.shape[1] == 1 and kv.k.dtype == k.dtype:
         kv = _write(kv, plan, ((k.transpose(1, 2), None), (v.transpose(1, 2), None)))
-        return kv, Keys(*(t.narrow(2, 0, kv.used).transpose(1, 2) for t in (kv.k, kv.v)), plan.seen)
+        k, v = (t.narrow(2, 0, kv.used).transpose(1, 2) for t in (kv.k, kv.v))
+        return kv, Keys(k, v, plan.seen)
     new, dtype = (_encode(k.transpose(1, 2), kv), _encode(v.transpose(1, 2), kv)), k.dtype
     if kv.used == 0:
         k, v = (_decode(*t, dtype).transpose(1, 2) for t in new)
@@ -331,7 +332,7 @@ def _forget(pos: Tensor, n: Tensor, layout: Layout) -> Tensor:
         there = ((pos >= oldest[:, None]) & (pos < keep[:, None])).sum(1)
         if bool((there < keep - oldest).any()):
             raise CannotRewind(
-                f"a ring of window {layout.window} and slack {layout.slack} no longer holds what was read before "
-                f"the last {int(n.max())} tokens; create its state with Store(slack={int(n.max())})"
+                f"a ring of window {layout.window} and slack {layout.slack} no longer holds what was read "
+                f"before the last {int(n.max())} tokens; create its state with Store(slack={int(n.max())})"
             )
     return torch.where(pos < keep[:, None], pos, -1)

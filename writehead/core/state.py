@@ -30,7 +30,7 @@ class Once:
         if done is None:
             # the arguments are kept, since an id is only valid while its object lives
             done = self._done[key] = (args, function(*args))
-        return done[1]  # type: ignore[no-any-return]
+        return done[1]
 
 
 class Node(ABC):

@@ -2,8 +2,8 @@
 
 Paper     Wu et al. 2016, "Google's Neural Machine Translation System", arXiv:1609.08144 (the length penalty)
 Equation  score = log p(text) / penalty(length); length counts the end-of-sequence token
-Differs   there are two rules, which differ in more than the penalty (`Options.beam_rule`); candidates are twice
-          the beams, or more with several end tokens, so that as many beams survive
+Differs   there are two rules, which differ in more than the penalty (`Options.beam_rule`); candidates are
+          twice the beams, or more with several end tokens, so that as many beams survive
 """
 
 import time

@@ -1,10 +1,12 @@
 """What runs a model for decoding: a small interface, and the engine that runs it with PyTorch."""
 
-from typing import Protocol
+import copy
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from writehead.core.bind import bound, itself
 from writehead.core.cache import Store
 from writehead.core.shapes import check_shape
 from writehead.core.state import State
@@ -12,7 +14,8 @@ from writehead.core.system import available_memory
 from writehead.model.decoder import Decoder
 from writehead.model.seq2seq import Seq2Seq
 
-PREFILL_CHUNK = 512  # tokens a row of one prefill call: bounds the activations, and larger ones gain no speed
+Model: TypeAlias = Decoder | Seq2Seq
+PREFILL_TOKENS = 2048  # of all rows in one prefill call: bounds the activations
 
 
 class Engine(Protocol):
@@ -58,26 +61,32 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """Runs a `Decoder` or `Seq2Seq` as it is, eagerly; the model is switched to evaluation."""
+    """Runs a `Decoder` or `Seq2Seq` with PyTorch; the model is switched to evaluation."""
 
     name = "torch"
 
-    def __init__(self, model: Decoder | Seq2Seq, *, prefill_chunk: int = PREFILL_CHUNK) -> None:
+    def __init__(
+        self, model: Decoder | Seq2Seq, *, prefill_chunk: int | None = None, compile: bool = False
+    ) -> None:
         """Wrap the model.
 
         Args:
             model: its weights are used in place.
-            prefill_chunk: tokens a row that one call of prefill takes; changes speed and memory, no result.
+            prefill_chunk: tokens a row that one call of prefill takes, default what makes up 2048 tokens in
+                all rows, but at least 128; changes speed and memory, no result.
+            compile: let inductor compile the dense parts of each layer at their first use (see `compiled`).
 
         Raises:
             ValueError: not a model that decodes, or a chunk below one token.
         """
         if not isinstance(model, Decoder | Seq2Seq):
             raise ValueError(f"{type(model).__name__} cannot decode; give a Decoder or a Seq2Seq")
-        if prefill_chunk < 1:
+        if prefill_chunk is not None and prefill_chunk < 1:
             raise ValueError(f"prefill_chunk={prefill_chunk} must be at least 1 token")
-        self.model, self.prefill_chunk = model.eval(), prefill_chunk
-        self.decoder = model.decoder if isinstance(model, Seq2Seq) else model
+        model.eval()
+        self.model, self.prefill_chunk = compiled(model) if compile else model, prefill_chunk
+        self.decoder = self.model.decoder if isinstance(self.model, Seq2Seq) else self.model
+        self._hidden = self.decoder.bind(itself if compile else bound)
         self.vocab, self.device = self.decoder.config.vocab, self.decoder.embedding.table.device
         self.positions = self.decoder.embedding.position.max_context
         self.trained_context = self.decoder.config.max_context
@@ -95,14 +104,14 @@ class TorchEngine:
         """
         check_shape("tokens", tokens, "B T")
         tokens = tokens.to(self.device)
-        T, chunk = tokens.shape[1], self.prefill_chunk
+        T, chunk = tokens.shape[1], self.prefill_chunk or max(128, PREFILL_TOKENS // len(tokens))
         last = torch.where(tokens >= 0, torch.arange(T, device=self.device), -1).amax(1)
         if int(last.min()) < 0:
             raise ValueError(f"row {int(last.argmin())} has no token to start from")
         state = self._empty(len(tokens), store, source)
         ends: list[Tensor] = []
         for first in range(0, T, chunk):
-            x, state, _ = self.decoder.hidden(tokens[:, first : first + chunk], state)
+            x, state, _ = self._hidden(tokens[:, first : first + chunk], state)
             at = (last - first).clamp(0, x.shape[1] - 1)
             end = x[torch.arange(len(x), device=self.device), at]
             ends = [torch.where((last < first)[:, None], ends[0], end) if ends else end]
@@ -111,13 +120,14 @@ class TorchEngine:
     @torch.inference_mode()
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """As `Engine.step`."""
-        x, state, _ = self.decoder.hidden(tokens[:, None], state)
+        x, state, _ = self._hidden(tokens[:, None], state)
         return self.decoder.logits(x[:, 0]), state
 
     @torch.inference_mode()
     def verify(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """As `Engine.verify`."""
-        return self.decoder.step(tokens, state)
+        x, state, _ = self._hidden(tokens, state)
+        return self.decoder.logits(x), state
 
     def weight_bytes(self) -> int:
         """As `Engine.weight_bytes`: tables of which only a few rows are read are left out."""
@@ -152,6 +162,20 @@ class TorchEngine:
         if source is not None:
             raise ValueError("a source was given, but this model has no encoder")
         return self.model.init_state(batch, store)
+
+
+def compiled(model: Model) -> Model:
+    """A copy that shares the weights and whose projections and feed-forward layers inductor compiles.
+
+    Attention stays as it is: what it does depends on positions, so a compiled whole would be compiled anew
+    for call after call.
+    """
+    twin = copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
+    for block in (twin.decoder if isinstance(twin, Seq2Seq) else twin).blocks:
+        for part in (block.feedforward, getattr(block.mixer, "qkv", None)):
+            if part is not None:
+                part.compile(dynamic=True)
+    return twin
 
 
 def check_memory(needed: int, what: str) -> None:

@@ -73,6 +73,9 @@ class Options:
         if isinstance(self.stop_strings, str):
             raise ValueError(f"stop_strings={self.stop_strings!r} must be a list of strings")
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        for stop in self.stop_strings:
+            if not isinstance(stop, str) or not stop:
+                raise ValueError(f"stop_strings: {stop!r} is not a string of at least one character")
         _ = self.sampling, self.store, self.eos  # they check their values
         self._check_beams()
         if self.num_beams == 1 and self.num_return_sequences > 1 and self.temperature == 0:

@@ -70,6 +70,7 @@ def prepare(
     context = tokens.shape[1] + options.max_new_tokens
     store = replace(options.store, capacity=context)
     _check_size(engine, len(given), store, options, 0 if source is None else source.shape[1])
+    _warn_of_length(engine, tokens.shape[1], options.max_new_tokens)
     return Prompts(given, tokens, source, store)
 
 
@@ -112,7 +113,10 @@ def _check_context(engine: Engine, prompt: int, new: int) -> None:
             f"a prompt of {prompt} tokens and max_new_tokens={new} need {needed} positions, and this model "
             f"has {engine.positions}: {fix}"
         )
-    if engine.trained_context is not None and needed > engine.trained_context:
+
+
+def _warn_of_length(engine: Engine, prompt: int, new: int) -> None:
+    if engine.trained_context is not None and prompt + new - 1 > engine.trained_context:
         warnings.warn(
             f"a prompt of {prompt} tokens and max_new_tokens={new} go beyond the {engine.trained_context} "
             "tokens that this model was made for; the text may become poor",

@@ -4,8 +4,8 @@ Every call gives (y, lse). The log-sum-exp lets disjoint sets of keys be merged 
 how keys are split over threads and how caches are read block by block. A query that may read nothing has y =
 0, lse = -inf.
 
-Queries of a group share a key/value head by becoming rows of its matrix product: a product of X = H / G rows
-for each new token instead of X copies of the cache.
+Few queries of a group share a key/value head by becoming rows of its matrix product: X = H / G rows for each
+new token instead of X readings (or copies) of the cache.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from torch import Tensor
 from writehead.core.shapes import check_multiple, check_shape
 
 FOLD = (
-    64  # up to so many rows the queries of a group are one product even where a mask must be repeated for it
+    64  # up to so many rows the queries of a group become one product; beyond, the kernel shares keys itself
 )
-flash = torch._scaled_dot_product_flash_attention_for_cpu  # type: ignore[attr-defined]
+flash = torch._scaled_dot_product_flash_attention_for_cpu
 
 
 def attend(
@@ -63,11 +63,12 @@ def attend(
     plain = exact or E != D or not q.is_cpu or (bias is not None and bias.requires_grad)
     if plain:
         return _exact(q, k, v, _additive(mask, bias, causal, q, S), scale)
-    X = H // G
-    limited = causal or mask is not None or bias is not None
-    if T > 1 and (X == 1 or (X * T > FOLD and limited)):
-        return _each_member(q, k, v, mask, bias, causal, scale)
-    return _folded(q, k, v, _additive(mask, bias, causal, q, S), scale)
+    if T == 1 or T < H // G * T <= FOLD:
+        return _folded(q, k, v, _additive(mask, bias, causal, q, S), scale)
+    triangle = causal and T == S and mask is None and bias is None
+    added = None if triangle else _additive(mask, bias, causal, q, S)
+    y, lse = _flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), added, triangle, scale)
+    return y.transpose(1, 2), lse.transpose(1, 2)
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -134,22 +135,6 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float)
         y.reshape(B, G, X, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D),
         lse.reshape(B, G, X, T).permute(0, 3, 1, 2).reshape(B, T, H),
     )
-
-
-def _each_member(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """One call for each of the X queries of a group, so that a causal triangle need not become a mask."""
-    G, T, S = k.shape[2], q.shape[1], k.shape[1]
-    triangle = causal and T == S and mask is None and bias is None
-    added = None if triangle else _additive(mask, bias, causal, q, S)
-    keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    parts = []
-    for x, member in enumerate(q.unflatten(2, (G, -1)).unbind(3)):
-        own = added if added is None or added.shape[1] == 1 else added.unflatten(1, (G, -1))[:, :, x]
-        parts.append(_flash(member.transpose(1, 2), keys, values, own, triangle, scale))
-    y, lse = (torch.stack([part[i] for part in parts], 2).flatten(1, 2) for i in (0, 1))
-    return y.transpose(1, 2), lse.transpose(1, 2)
 
 
 def _flash(

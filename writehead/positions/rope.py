@@ -60,7 +60,7 @@ class Rotary(Scheme):
             scaling: {"name": "linear" | "ntk" | "yarn" | "llama3", ...} with the arguments in `SCALINGS`.
 
         Raises:
-            ValueError: an odd or too large rotary_dim, unknown pairs, scaling or argument of it.
+            ValueError: an odd or too large rotary_dim, too small a base, unknown pairs, a bad scaling.
         """
         super().__init__()
         self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
@@ -70,6 +70,8 @@ class Rotary(Scheme):
                 f"rotary_dim={self.rotary_dim} must be even, at most head_dim={head_dim}; nearest is {near}"
             )
         check_choice("pairs", pairs, ("half", "interleaved"))
+        if not (math.isfinite(base) and base > 1):
+            raise ValueError(f"base={base} must be above 1; the usual one is 10000")
         self.pairs = pairs
         self.frequencies, self.gain = _frequencies(self.rotary_dim, base, scaling)
 
@@ -125,6 +127,8 @@ def _frequencies(R: int, base: float, scaling: Mapping[str, Any] | None) -> tupl
     if scaling["name"] == "linear":
         return plain / factor, 1.0
     if scaling["name"] == "ntk":
+        if R < 4:
+            raise ValueError(f"ntk scaling needs a rotary_dim of at least 4; got {R}")
         return (base * factor ** (R / (R - 2))) ** -exponents, 1.0
     if scaling["name"] == "llama3":
         turns = s["original_context"] * plain / (2 * math.pi)
@@ -171,8 +175,18 @@ def _arguments(scaling: Mapping[str, Any]) -> dict[str, float]:
             check_choice(f"argument of {name} scaling", key, accepted)
     values = {key: scaling.get(key, default) for key, default in accepted.items()}
     missing = [key for key, value in values.items() if value is None]
-    if missing or float(values["factor"] or 0) < 1:
-        raise ValueError(
-            f"{name} scaling needs {', '.join(missing) or 'a factor of at least 1'}; got {dict(scaling)}"
-        )
-    return {key: float(value) for key, value in values.items() if value is not None}
+    if missing:
+        raise ValueError(f"{name} scaling needs {', '.join(missing)}; got {dict(scaling)}")
+    numbers = {key: _number(name, key, value, accepted[key]) for key, value in values.items()}
+    if name == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
+        raise ValueError(f"llama3 scaling needs high_freq_factor above low_freq_factor; got {dict(scaling)}")
+    return numbers
+
+
+def _number(name: str, key: str, value: Any, default: float | None) -> float:
+    """A finite number: at least 1 for the factor, at least 0 where 0 turns something off, else above 0."""
+    least, zero = (1, False) if key == "factor" else (0, default == 0 or key == "truncate")
+    if isinstance(value, int | float) and math.isfinite(value) and value >= least and (value or zero):
+        return float(value)
+    words = "of at least 1" if least else "of at least 0" if zero else "above 0"
+    raise ValueError(f"{name} scaling: {key} must be a number {words}; got {value!r}")

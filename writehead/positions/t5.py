@@ -8,26 +8,32 @@ Decodes   exactly, at any position
 Differs   bucket borders are computed with integers, so no device rounds them to another side
 """
 
+from bisect import bisect_left, bisect_right
+
 import torch
 from torch import Tensor, nn
 
 from writehead.positions.base import Scheme
 
-FARTHEST, MOST = 1 << 16, 1 << 10  # the table of buckets counts up to max_distance with powers of as many as buckets
+FARTHEST, MOST = (
+    1 << 16,
+    1 << 10,
+)  # the table of buckets counts up to max_distance with powers of as many as buckets
 
 
 def bucket_table(buckets: int, max_distance: int) -> list[int]:
     """The bucket of each distance 0 .. max_distance on one side: exact ones first, then logarithmic ones."""
     exact = buckets // 2
-    table = list(range(min(exact, max_distance + 1)))
-    j = 0
-    for distance in range(exact, max_distance + 1):
-        # floor(ln(distance / exact) / ln(max_distance / exact) (buckets - exact)), as integers compared
-        steps = buckets - exact
-        while j < steps and distance**steps * exact ** (j + 1) >= max_distance ** (j + 1) * exact**steps:
-            j += 1
-        table.append(min(buckets - 1, exact + j))
-    return table
+    steps, far = buckets - exact, range(exact, max_distance + 1)
+
+    def border(j: int) -> int:
+        # the first with floor(ln(distance / exact) / ln(max_distance / exact) steps) > j, as integers
+        least = max_distance ** (j + 1) * exact**steps
+        return exact + bisect_left(far, least, key=lambda distance: distance**steps * exact ** (j + 1))
+
+    borders = [border(j) for j in range(steps)]
+    near = list(range(min(exact, max_distance + 1)))
+    return near + [min(buckets - 1, exact + bisect_right(borders, distance)) for distance in far]
 
 
 class T5Bias(Scheme):
@@ -47,10 +53,11 @@ class T5Bias(Scheme):
         super().__init__()
         side = buckets // 2 if bidirectional else buckets
         even = buckets % (2 if bidirectional else 1) == 0
-        if not (2 <= side and buckets <= MOST and side // 2 < max_distance <= FARTHEST and even):
+        if not (side >= 2 and buckets <= MOST and side // 2 < max_distance <= FARTHEST and even):
             raise ValueError(
                 f"buckets={buckets}, max_distance={max_distance}: need an even number of buckets from "
-                f"{4 if bidirectional else 2} to {MOST}, and max_distance above {max(1, side // 2)} and up to {FARTHEST}"
+                f"{4 if bidirectional else 2} to {MOST}, and max_distance above {max(1, side // 2)} "
+                f"and up to {FARTHEST}"
             )
         self.side, self.bidirectional = side, bidirectional
         self.steps = bucket_table(side, max_distance)

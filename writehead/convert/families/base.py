@@ -162,7 +162,8 @@ class Fields:
             near = get_close_matches(str(value), table, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"{self.what}: {key}={shown(value)} is not supported{hint} (accepted: {', '.join(sorted(table))})"
+                f"{self.what}: {key}={shown(value)} is not supported{hint} "
+                f"(accepted: {', '.join(sorted(table))})"
             )
         return table[value]
 
@@ -188,8 +189,8 @@ class Fields:
                 near = get_close_matches(key, self.known | IGNORABLE, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"{self.what}: unknown key {shown(key)}{hint} (a key that might change what the model computes "
-                    "is not passed over)"
+                    f"{self.what}: unknown key {shown(key)}{hint} (a key that might change what the "
+                    "model computes is not passed over)"
                 )
 
 
@@ -200,7 +201,7 @@ class Family:
     Attributes:
         model_type, architecture: as in config.json.
         prefix: what a bare model's keys lack, such as "model.".
-        read: the model that a config describes, given the names of the checkpoint's tensors (None = not known).
+        read: the model that a config describes, given the checkpoint's tensor names (None = not known).
         write: the config of a model; may be wrong for a model of another family, which reading it back shows.
         rules: the table for a model.
         ignorable: patterns of keys that hold no weights.
@@ -216,7 +217,7 @@ class Family:
 
 
 def full(table: Mapping[str, Row], spec: Spec) -> dict[str, Any]:
-    """A spec with every argument of its row's constructor that has a value, and the constructor under "target"."""
+    """A spec with every argument of its row's constructor that has a value; the constructor is "target"."""
     row = find(table, spec)
     parameters = inspect.signature(load(row)).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}

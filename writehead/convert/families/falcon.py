@@ -1,9 +1,9 @@
 """Falcon: one write-head and a parallel layer (7B), grouped heads with two norms (40B), or ALiBi (RW).
 
-Transformers adds Falcon's ALiBi before it divides the scores by the square root of the head width, with slopes rounded
-to bfloat16; slopes that are divided and rounded alike give the same. It also rounds the product of slope and position
-to bfloat16, which no slope can follow: with a power of two of heads the two agree up to position 256, and beyond that
-positions there blur into neighbours while they stay exact here.
+Transformers adds Falcon's ALiBi before it divides the scores by the square root of the head width, with
+slopes rounded to bfloat16; slopes that are divided and rounded alike give the same. It also rounds the
+product of slope and position to bfloat16, which no slope can follow: with a power of two of heads the two
+agree up to position 256, and beyond that positions there blur into neighbours while they stay exact here.
 """
 
 from collections.abc import Collection
@@ -107,7 +107,8 @@ def _order(fields: Fields, new: bool) -> dict[str, Any]:
     if count not in (1, 2) or (new and not parallel) or (not new and count != 1):
         raise ValueError(
             f"{fields.what}: new_decoder_architecture={new} with parallel_attn={parallel} and "
-            f"num_ln_in_parallel_attn={count} is not supported (accepted: true with true and 1 or 2, false with 1)"
+            f"num_ln_in_parallel_attn={count} is not supported (accepted: true with true and "
+            "1 or 2, false with either and 1)"
         )
     if not parallel:
         return {"order": "pre"}

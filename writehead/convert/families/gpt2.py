@@ -23,7 +23,7 @@ THEIRS = "transformer.h.{layer}."
 
 
 def rules_of(config: ModelConfig, matrix: Form, qkv: Form) -> tuple[Rule, ...]:
-    """The table of GPT-2 and GPTBigCode, which store matrices, and queries, keys and values, in different forms."""
+    """The table of GPT-2 and GPTBigCode, which store matrices and fused projections in different forms."""
     tied = ("lm_head.weight",) if config.tie_embeddings else ()
     rules = [
         Rule("embedding.table", ("transformer.wte.weight",), copies=tied),

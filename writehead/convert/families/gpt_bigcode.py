@@ -1,4 +1,4 @@
-"""GPTBigCode (SantaCoder, StarCoder): GPT-2 with one write-head, or with heads of their own in interleaved rows."""
+"""GPTBigCode (SantaCoder, StarCoder): GPT-2 with one write-head, or with one for each head."""
 
 from collections.abc import Collection
 from typing import Any

@@ -1,6 +1,7 @@
-"""Llama and its kin: Mistral (a window), Qwen2 (biases, a window in some layers), Qwen3 (query and key norms), Gemma 1.
+"""Llama and its kin: Mistral (a window), Qwen2 (biases, some windows), Qwen3 (query and key norms), Gemma 1.
 
-A sliding window of W is W keys including the query's own in both libraries. Gemma's norms store their weight less one.
+A sliding window of W is W keys including the query's own in both libraries. Gemma stores the weights of
+norms less 1.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -171,8 +172,8 @@ def _windows(fields: Fields, traits: Traits, depth: int) -> list[int | None]:
     for name in types:
         if name not in accepted or (name == "sliding_attention" and window is None):
             raise ValueError(
-                f"{fields.what}: layer_types has {shown(name)}; accepted: full_attention, and sliding_attention "
-                "with use_sliding_window and sliding_window"
+                f"{fields.what}: layer_types has {shown(name)}; accepted: full_attention, and "
+                "sliding_attention with use_sliding_window and sliding_window"
             )
     return [accepted[name] for name in types]
 

@@ -1,4 +1,4 @@
-"""Rotary settings of Hugging Face configs: `rope_parameters` (5.x), `rope_theta` with `rope_scaling` (before)."""
+"""Rotary settings of Hugging Face configs: `rope_parameters`, before 5.x `rope_theta`, `rope_scaling`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ def read_rotary(fields: Fields, max_context: int) -> dict[str, Any]:
     """The position spec that a config describes.
 
     Raises:
-        ValueError: a scaling, or a setting of one, that Rotary does not have, or settings that contradict each other.
+        ValueError: a scaling or a setting that Rotary does not have, or settings that contradict each other.
     """
     theta, old = fields.take("rope_theta", None), fields.take("rope_scaling", None)
     new = fields.take("rope_parameters", None)

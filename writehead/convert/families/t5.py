@@ -1,7 +1,7 @@
 """T5: an encoder and a decoder with relative biases, scores that are not scaled, RMS norms, no biases.
 
-The first T5 ties its output matrix to the embedding and scales the last hidden state by X^-1/2; version 1.1 (and Flan-T5)
-has an output matrix of its own and does not scale.
+The first T5 ties its output matrix to the embedding and scales the last hidden state by X^-1/2; version 1.1
+(and Flan-T5) has an output matrix of its own and does not scale.
 """
 
 from collections.abc import Collection
@@ -95,7 +95,7 @@ def _read(fields: Fields, names: Collection[str] | None) -> ModelConfig:
 def _output(fields: Fields, names: Collection[str] | None) -> tuple[bool, bool]:
     """Is the output matrix the embedding, and is the last hidden state scaled?
 
-    Before transformers 5 one key said both. Since then the scale has a key of its own, configs always claim to be
+    Before transformers 5 one key said both. Since then the scale has its own key, configs always claim to be
     tied, and the tensors say whether they are.
     """
     tied = fields.truth("tie_word_embeddings", True)
