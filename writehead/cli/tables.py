@@ -11,7 +11,8 @@ from writehead.cli.output import size, table
 
 
 def decode_table(rows: Sequence[Row]) -> Table:
-    """Tokens per second of each engine, its share of the roofline, and ours over the best and over each peer."""
+    """Tokens per second of each engine, its share of the roofline, and ours over the best and over each
+    peer."""
     grid = table("cell", "type", "engine", "tokens/s", "quartiles", "of roofline", "ours / it")
     ours = {(row.cell, row.dtype): row for row in rows if row.engine == OURS}
     for row in rows:
