@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import make
+from their_models import make
 from torch import Tensor
 
 from writehead.config import ModelConfig
