@@ -28,4 +28,4 @@ def bound(module: nn.Module) -> Callable[..., Any]:
         shape, eps = list(module.normalized_shape), module.eps
         return partial(F.layer_norm, normalized_shape=shape, weight=module.weight, bias=module.bias, eps=eps)
     bind = getattr(module, "bind", None)
-    return module if bind is None else bind(bound)  # type: ignore[no-any-return]
+    return module if bind is None else bind(bound)
