@@ -68,7 +68,7 @@ def decode_command(
     from writehead.cli.tables import decode_table, heads_table
     from writehead.convert.load import load
     from writehead.core.shapes import check_choice
-    from writehead.core.system import cores
+    from writehead.core.system import available_memory, cores
 
     kinds = dtype or ["float32", "bfloat16"]
     for kind in kinds:
@@ -79,7 +79,10 @@ def decode_command(
     say = _say
     say("measuring the machine")
     limits = roofs(torch.get_num_threads())
-    loaded = {getattr(torch, kind): load(model, dtype=getattr(torch, kind)) for kind in kinds}
+    loaded = {
+        getattr(torch, kind): load(model, dtype=getattr(torch, kind), memory_bytes=available_memory())
+        for kind in kinds
+    }
     models: dict[torch.dtype, Any] = {kind: each.model for kind, each in loaded.items()}
     cells = (decode.Cell(1, 128), decode.Cell(0, 128)) if quick else decode.CELLS
     rounds = min(rounds, 3) if quick else rounds

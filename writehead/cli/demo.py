@@ -24,10 +24,10 @@ def command(
     from writehead.cli.output import console
     from writehead.cli.tables import heads_table
     from writehead.convert.load import load
-    from writehead.core.system import cores
+    from writehead.core.system import available_memory, cores
 
     torch.set_num_threads(cores())
-    loaded = load(model)
+    loaded = load(model, memory_bytes=available_memory())
     limits = roofs(torch.get_num_threads(), 2**29)
     _answer(loaded, prompt, max_new_tokens, limits)
     shape = loaded.config
