@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tiny_models import CASES, DECODERS, SEQ2SEQ, make
+from their_models import CASES, DECODERS, SEQ2SEQ, make
 from torch import Tensor
 
 from writehead.convert.load import Loaded, load

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import make
+from their_models import make
 from torch import Tensor
 
 from writehead.config import ModelConfig
@@ -477,10 +478,15 @@ def prompt(loaded: Loaded) -> Tensor:
 
 @SMOLLM2
 @pytest.mark.slow
-def test_smollm2_answers_like_transformers_whole_in_pieces_and_token_by_token(
+def test_smollm2_answers_like_transformers_whole_in_pieces_token_by_token_and_padded(
     smollm2: Loaded, oracle: Any
 ) -> None:
+    """One test, since transformers takes half a minute to read the file."""
     ids = prompt(smollm2)
+    rows = [ids[0, :5], ids[0], ids[0, 3:14]]
+    batch = torch.full((3, ids.shape[1]), -1)
+    for i, row in enumerate(rows):
+        batch[i, ids.shape[1] - len(row) :] = row
     with torch.no_grad():
         theirs = oracle(input_ids=ids).logits
         assert (smollm2.model(ids)[0] - theirs).abs().max() < TOLERANCE
@@ -490,21 +496,10 @@ def test_smollm2_answers_like_transformers_whole_in_pieces_and_token_by_token(
                 logits, state = smollm2.model.step(piece, state)
                 pieces.append(logits)
             assert (torch.cat(pieces, 1) - theirs).abs().max() < TOLERANCE
-
-
-@SMOLLM2
-@pytest.mark.slow
-def test_smollm2_answers_a_padded_batch_like_transformers_single_rows(smollm2: Loaded, oracle: Any) -> None:
-    ids = prompt(smollm2)[0]
-    rows = [ids[:5], ids, ids[3:14]]
-    batch = torch.full((3, len(ids)), -1)
-    for i, row in enumerate(rows):
-        batch[i, len(ids) - len(row) :] = row
-    with torch.no_grad():
         logits = smollm2.model(batch)[0]
         for i, row in enumerate(rows):
-            theirs = oracle(input_ids=row[None]).logits[0]
-            assert (logits[i, batch[i] >= 0] - theirs).abs().max() < TOLERANCE
+            alone = oracle(input_ids=row[None]).logits[0]
+            assert (logits[i, batch[i] >= 0] - alone).abs().max() < TOLERANCE
 
 
 @SMOLLM2
@@ -519,7 +514,77 @@ def test_smollm2_round_trips_through_a_hugging_face_folder(smollm2: Loaded, tmp_
     assert torch.equal(prompt(again), prompt(smollm2))
 
 
+ODD = (
+    None,
+    0,
+    -1,
+    3,
+    10**6,
+    2**31,
+    1e300,
+    1e-300,
+    "x",
+    True,
+    [],
+    [1],
+    {},
+    {"name": "t5"},
+    {"rope_type": "yarn"},
+)
+
+
+def refusal(folder: Path) -> str:
+    """What loading a folder is refused with, or nothing."""
+    try:
+        load(folder)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def spoil(values: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+    """The values with one of them, at any depth, dropped, renamed, or replaced."""
+    key = chance.choice(sorted(values))
+    if isinstance(values[key], dict) and values[key] and chance.random() < 0.6:
+        return values | {key: spoil(values[key], chance)}
+    rest = {name: value for name, value in values.items() if name != key}
+    return chance.choice([rest, rest | {key + "x": values[key]}, *[rest | {key: chance.choice(ODD)}] * 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize(
+    "case", ["llama, yarn", "qwen2, window in some layers", "gpt2", "falcon, alibi", "mpt", "t5"]
+)
+def test_spoilt_configs_load_or_are_refused_in_one_line(case: str, ours: bool, tmp_path: Path) -> None:
+    make(case).save_pretrained(tmp_path / "model")
+    if ours:
+        save(load(tmp_path / "model").model, tmp_path / "model", overwrite=True)
+    path = tmp_path / "model/config.json"
+    values, chance, refused = json.loads(path.read_text()), random.Random(case), 0
+    for _ in range(60):
+        path.write_text(json.dumps(spoil(values, chance)))
+        message = refusal(tmp_path / "model")
+        assert "\n" not in message
+        refused += bool(message)
+    assert refused > 15
+
+
 def test_a_t5_with_an_absurd_distance_is_refused(tmp_path: Path) -> None:
     make("t5").save_pretrained(tmp_path / "t5")
     with pytest.raises(BadFile, match=r"max_distance=1000000000: need .* up to 65536"):
         load(edit(tmp_path / "t5", relative_attention_max_distance=10**9))
+
+
+def test_our_own_config_with_a_nested_value_of_a_wrong_type_is_refused(llama: Path, tmp_path: Path) -> None:
+    save(load(llama).model, tmp_path / "own")
+    scaling = {"name": "linear", "factor": {"x": 1}}
+    with pytest.raises(BadFile, match="the config has a value of a wrong type: float"):
+        load(edit(tmp_path / "own", position={"name": "rotary", "scaling": scaling}))
+
+
+def test_our_own_config_with_heads_that_are_no_number_is_refused(llama: Path, tmp_path: Path) -> None:
+    save(load(llama).model, tmp_path / "own")
+    mixer = json.loads((tmp_path / "own/config.json").read_text())["mixer"]
+    with pytest.raises(BadFile, match="the config says heads='six'; it must be a whole number from 1"):
+        load(edit(tmp_path / "own", mixer=mixer | {"heads": "six"}))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import CASES, make
+from their_models import CASES, make
 
 from writehead.config import ModelConfig
 from writehead.convert.errors import BadFile

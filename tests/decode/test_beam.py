@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CAUSAL, END, PROMPTS, Counting, Letters, decoder, next_logprobs, seq2seq
+from tiny_models import CAUSAL, END, PROMPTS, Counting, Letters, decoder, next_logprobs, seq2seq, summing
 
 from writehead.convert.load import load
 from writehead.decode.engine import TorchEngine
@@ -104,6 +104,10 @@ def test_beams_of_an_encoder_decoder_model_equal_their_definition_and_share_a_me
     memories = [memory for state in engine.states for _, memory in state.layers]
     assert all(isinstance(memory, Memory) and len(memory.k) == len(PROMPTS) for memory in memories)
     assert max(len(memory.row) for memory in memories) == 4 * len(PROMPTS)
+
+
+def test_beams_work_on_states_that_sum_up_their_past() -> None:
+    assert_equal(summing(), Options(num_beams=3, max_new_tokens=8, eos_token_id=END))
 
 
 def test_no_beam_ends_before_its_least_length() -> None:

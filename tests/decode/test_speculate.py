@@ -4,17 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CAUSAL, END, PROMPTS, Counting, Letters, decoder, seq2seq
-from torch import Tensor, nn
+from tiny_models import CAUSAL, END, PROMPTS, Counting, Letters, decoder, seq2seq, summing
 
-from writehead.core.positions import Positions
 from writehead.core.state import CannotRewind, rewind
 from writehead.decode.engine import TorchEngine
 from writehead.decode.generate import generate
 from writehead.decode.options import Options
 from writehead.decode.result import Result
 from writehead.decode.speculate import Lookup, Verifier
-from writehead.mixer import NOTHING, Aux
 
 MODES: list[dict[str, Any]] = [
     {},
@@ -22,36 +19,8 @@ MODES: list[dict[str, Any]] = [
     {"repetition_penalty": 1.2},
     {"temperature": 0.8, "seed": 1, "repetition_penalty": 1.3, "num_return_sequences": 2},
     {"min_new_tokens": 12},
+    {"cache_dtype": torch.int8},
 ]
-
-
-class Summing(nn.Module):
-    """A mixer whose state is a decaying sum over its past, which nothing can take back."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.out = nn.Linear(dim, dim, bias=False)
-
-    def init_state(self, batch: int, like: Tensor, store: Any = None) -> Tensor:
-        return like.new_zeros(batch, self.out.in_features)
-
-    def state_bytes(self, batch: int, context: int, itemsize: int, store: Any = None) -> int:
-        return batch * self.out.in_features * itemsize
-
-    def forward(self, x: Tensor, pos: Positions, state: Tensor) -> tuple[Tensor, Tensor, Aux]:
-        sums = []
-        for t in range(x.shape[1]):
-            state = torch.where(pos.valid[:, t, None], 0.7 * state + x[:, t], state)
-            sums.append(state)
-        return self.out(torch.stack(sums, 1)), state, NOTHING
-
-
-def summing() -> Any:
-    """A decoder with one ordinary layer and one whose state cannot rewind."""
-    model = decoder("local_mqa")
-    torch.manual_seed(0)
-    model.stack.blocks[1].mixer = Summing(16).double().eval()
-    return model
 
 
 def assert_same(a: Result, b: Result) -> None:

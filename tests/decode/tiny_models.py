@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from writehead.catalog import MIXERS
 from writehead.config import ModelConfig
 from writehead.core.cache import Store
+from writehead.core.positions import Positions
 from writehead.core.state import State
 from writehead.decode.engine import TorchEngine
+from writehead.mixer import NOTHING, Aux
 from writehead.model.decoder import Decoder
 from writehead.model.seq2seq import Seq2Seq
 
@@ -57,6 +59,35 @@ def seq2seq(seed: int = 2) -> Seq2Seq:
     encoder = config("bidirectional", "sinusoidal", kind="encoder")
     cross = {"name": "cross", "heads": 4, "kv_heads": 2}
     return spread(Seq2Seq(config("mqa", "sinusoidal", kind="seq2seq", cross=cross, encoder=encoder)), seed)
+
+
+class Summing(nn.Module):
+    """A mixer whose state is a decaying sum over its past, which nothing can take back."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def init_state(self, batch: int, like: Tensor, store: Any = None) -> Tensor:
+        return like.new_zeros(batch, self.out.in_features)
+
+    def state_bytes(self, batch: int, context: int, itemsize: int, store: Any = None) -> int:
+        return batch * self.out.in_features * itemsize
+
+    def forward(self, x: Tensor, pos: Positions, state: Tensor) -> tuple[Tensor, Tensor, Aux]:
+        sums = []
+        for t in range(x.shape[1]):
+            state = torch.where(pos.valid[:, t, None], 0.7 * state + x[:, t], state)
+            sums.append(state)
+        return self.out(torch.stack(sums, 1)), state, NOTHING
+
+
+def summing() -> Any:
+    """A decoder with one ordinary layer and one whose state cannot rewind."""
+    model = decoder("local_mqa")
+    torch.manual_seed(0)
+    model.stack.blocks[1].mixer = Summing(16).double().eval()
+    return model
 
 
 def next_logprobs(model: Decoder | Seq2Seq, tokens: Sequence[int], source: Sequence[int] = ()) -> Tensor:

@@ -1,4 +1,5 @@
-"""Softmax equals the papers' incremental form, with gradients; head sharing is copied weights, bit for bit."""
+"""Softmax equals the papers' incremental form, with gradients; head sharing is copied weights, bit for
+bit."""
 
 import pytest
 import torch

@@ -29,7 +29,8 @@ SCALINGS = {
             "original_max_position_embeddings": 64,
         },
         {
-            "name": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 64
+            "name": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_context": 64
         },
     ),
     "yarn": (
@@ -48,7 +49,8 @@ SCALINGS = {
     ),
     "yarn with its own gain": (
         {
-            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.25
+            "rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25,
+            "original_max_position_embeddings": 64
         },
         {"name": "yarn", "factor": 4.0, "original_context": 64, "attention_factor": 1.25},
     ),

@@ -1,8 +1,8 @@
 """How fast models decode: ours in cells of batch and context, beside the roofline and beside other engines.
 
-Every cell is measured in turns (ours, peer, peer, ours, ...), so a noisy machine meets all engines alike; ratios of
-one run are firm, absolute figures are not. Each figure stands beside its limit: the larger of bytes over bandwidth
-and operations over rate, both measured in the same run.
+Every cell is measured in turns (ours, peer, peer, ours, ...), so a noisy machine meets all engines alike;
+ratios of one run are firm, absolute figures are not. Each figure stands beside its limit: the larger of
+bytes over bandwidth and operations over rate, both measured in the same run.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +30,8 @@ Say = Callable[[str], None]
 
 
 class Cell(NamedTuple):
-    """One thing to measure: decode steps behind `context` tokens, or with `batch` 0 the prefill of `context` tokens."""
+    """One thing to measure: decode steps behind `context` tokens, or with `batch` 0 the prefill of
+    `context` tokens."""
 
     batch: int
     context: int
@@ -84,7 +85,8 @@ class Row:
 
 
 def filled(model: Decoder, batch: int, context: int, spare: int) -> DecodeState:
-    """A state as if each row held `context` tokens, with room for `spare` more, filled without computing them.
+    """A state as if each row held `context` tokens, with room for `spare` more, filled without computing
+    them.
 
     Raises:
         ValueError: a layer that keeps something else than keys and values.
@@ -105,7 +107,8 @@ def filled(model: Decoder, batch: int, context: int, spare: int) -> DecodeState:
 
 
 def our_case(model: Decoder, cell: Cell, steps: int = STEPS) -> Case:
-    """A callable that runs the cell on our engine and returns its seconds; the cache is filled once, then reused."""
+    """A callable that runs the cell on our engine and returns its seconds; the cache is filled once, then
+    reused."""
     import time
 
     engine = TorchEngine(model)

@@ -1,8 +1,9 @@
-"""What sharing key/value heads buys: one model shape with all, some and one of them, over batches and contexts.
+"""What sharing key/value heads buys: one model shape with all, some and one of them, over batches and
+contexts.
 
-Decoding reads the weights once a step and every row's cache once a token: sharing heads shrinks the second part by
-their ratio. The prediction is the roofline of this machine; a measured ratio above the ratio of heads would mean that
-the multi-head baseline is badly laid out, not that fewer bytes were moved.
+Decoding reads the weights once a step and every row's cache once a token: sharing heads shrinks the second
+part by their ratio. The prediction is the roofline of this machine; a measured ratio above the ratio of
+heads would mean that the multi-head baseline is badly laid out, not that fewer bytes were moved.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -60,15 +60,15 @@ def decode_command(
     """Decode and prefill speed in cells of batch and context, beside the roofline and beside peers."""
     import torch
 
-    from writehead.bench import decode, heads, plots
+    from writehead.bench import attention, decode, heads, plots
     from writehead.bench.machine import roofs
     from writehead.bench.measure import write_record
     from writehead.bench.peers import PEERS
     from writehead.cli.output import console, print_json
-    from writehead.cli.tables import decode_table, heads_table
+    from writehead.cli.tables import attention_table, decode_table, heads_table
     from writehead.convert.load import load
     from writehead.core.shapes import check_choice
-    from writehead.core.system import cores
+    from writehead.core.system import available_memory, cores
 
     kinds = dtype or ["float32", "bfloat16"]
     for kind in kinds:
@@ -79,7 +79,10 @@ def decode_command(
     say = _say
     say("measuring the machine")
     limits = roofs(torch.get_num_threads())
-    loaded = {getattr(torch, kind): load(model, dtype=getattr(torch, kind)) for kind in kinds}
+    loaded = {
+        getattr(torch, kind): load(model, dtype=getattr(torch, kind), memory_bytes=available_memory())
+        for kind in kinds
+    }
     models: dict[torch.dtype, Any] = {kind: each.model for kind, each in loaded.items()}
     cells = (decode.Cell(1, 128), decode.Cell(0, 128)) if quick else decode.CELLS
     rounds = min(rounds, 3) if quick else rounds
@@ -92,13 +95,23 @@ def decode_command(
         config = heads.SIXTEEN
         batches, contexts = ((1,), (128, 512)) if quick else ((1, 8), (512, 2048, 8192))
         shared = heads.grid(config, batches, contexts, limits, rounds=min(rounds, 3), say=say)
+    rows_of, cached = ((1,), (8192,)) if quick else ((1, 8), (8192, 32768))
+    single = attention.one_token(rows_of, cached, limits, rounds=rounds, say=say)
     say("")
-    results = {"roofs": limits, "decode": rows, "heads": shared, "one_write_head": plots.summary(shared)}
+    results = {
+        "roofs": limits,
+        "decode": rows,
+        "attention": single,
+        "heads": shared,
+        "one_write_head": plots.summary(shared),
+    }
     if as_json:
         print_json(_plain({"peers": facts, **results}))
     else:
         console().print(decode_table(rows))
-        console().print(heads_table(shared) if shared else "")
+        console().print(attention_table(single))
+        if shared:
+            console().print(heads_table(shared))
     if out is not None:
         extra = {"model": str(model), "rounds": rounds, "peers": facts, "grid": heads.SIXTEEN.to_dict()}
         write_record(out / "decode.json", "decode", results, extra)

@@ -1,4 +1,5 @@
-"""`writehead demo`: the main job on the embedded model: decode it, see how fast and why, see what head sharing buys."""
+"""`writehead demo`: the main job on the embedded model: decode it, see how fast and why, see what head
+sharing buys."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,8 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Length of the answer at most.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder for the plot.")] = Path("out"),
 ) -> None:
-    """Stream an answer, report its speed against this machine's limit, then measure what sharing heads buys."""
+    """Stream an answer, report its speed against this machine's limit, then measure what sharing heads
+    buys."""
     import torch
 
     from writehead.bench import heads, plots
@@ -22,10 +24,10 @@ def command(
     from writehead.cli.output import console
     from writehead.cli.tables import heads_table
     from writehead.convert.load import load
-    from writehead.core.system import cores
+    from writehead.core.system import available_memory, cores
 
     torch.set_num_threads(cores())
-    loaded = load(model)
+    loaded = load(model, memory_bytes=available_memory())
     limits = roofs(torch.get_num_threads(), 2**29)
     _answer(loaded, prompt, max_new_tokens, limits)
     shape = loaded.config

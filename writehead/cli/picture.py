@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.style import Style
 from rich.text import Text
 from torch import Tensor, nn
 
@@ -158,10 +157,10 @@ def _blocks(cells: Tensor, bad: Tensor) -> list[Text]:
         cells, bad = (torch.cat([t, torch.zeros_like(t[:1])]) for t in (cells, bad))
     lines = []
     for t in range(0, len(cells), 2):
-        line = Text()
-        pairs = zip(*(rows.tolist() for rows in (cells[t], cells[t + 1], bad[t] | bad[t + 1])), strict=True)
-        for top, bottom, off in pairs:
-            line.append("x" if off else " ▄▀█"[2 * top + bottom], Style(color="red" if off else "cyan"))
+        off = (bad[t] | bad[t + 1]).tolist()
+        halves = (2 * cells[t].int() + cells[t + 1].int()).tolist()
+        line = Text("".join("x" if o else " ▄▀█"[h] for o, h in zip(off, halves, strict=True)), "cyan")
+        line.highlight_regex("x+", "red")
         lines.append(line)
     return lines
 

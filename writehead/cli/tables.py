@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from writehead.bench.attention import Attention
 from writehead.bench.decode import OURS, Row
 from writehead.bench.heads import Shared
 from writehead.bench.plots import all_heads
@@ -11,7 +12,8 @@ from writehead.cli.output import size, table
 
 
 def decode_table(rows: Sequence[Row]) -> Table:
-    """Tokens per second of each engine, its share of the roofline, and ours over the best and over each peer."""
+    """Tokens per second of each engine, its share of the roofline, and ours over the best and over each
+    peer."""
     grid = table("cell", "type", "engine", "tokens/s", "quartiles", "of roofline", "ours / it")
     ours = {(row.cell, row.dtype): row for row in rows if row.engine == OURS}
     for row in rows:
@@ -43,4 +45,15 @@ def heads_table(cells: Sequence[Shared]) -> Table:
             continue
         ratio = f"{full.timing.median / cell.timing.median:.1f}x" if full.timing else ""
         grid.add_row(*where, f"{cell.timing.median * 1e3:.1f}", roof, ratio, predicted)
+    return grid
+
+
+def attention_table(cells: Sequence[Attention]) -> Table:
+    """One-token attention with one write-head of 16, beside `enable_gqa`."""
+    grid = table("one token", "ours us", "enable_gqa us", "times faster", "of roofline")
+    for cell in cells:
+        where = f"batch {cell.batch}, context {cell.context}"
+        ours, theirs = cell.ours.median * 1e6, cell.enable_gqa.median * 1e6
+        share = f"{cell.roof_s / cell.ours.median:.0%}"
+        grid.add_row(where, f"{ours:.0f}", f"{theirs:.0f}", f"{cell.times:.1f}x", share)
     return grid

@@ -33,7 +33,8 @@ def blank(config: ModelConfig) -> nn.Module:
     """The model of a config with weights that have shapes but no memory (torch's meta device).
 
     Raises:
-        ValueError: a config whose parts do not fit together, or sizes that no memory could hold.
+        ValueError: a config whose parts do not fit together, values of wrong types, or sizes that no
+            memory could hold.
     """
     try:
         with torch.device("meta"), _Unfilled():
@@ -42,6 +43,8 @@ def blank(config: ModelConfig) -> nn.Module:
         raise ValueError(
             f"the config's sizes are too large to compute with: {str(error).splitlines()[0]}"
         ) from error
+    except (TypeError, AttributeError, KeyError) as error:  # nested values, whose types no signature states
+        raise ValueError(f"the config has a value of a wrong type: {error}") from error
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -224,7 +224,9 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
         if config.position["name"] == "learned":
             named.append(("max_context", config.position.get("max_context")))
         for name, value in named:
-            if isinstance(value, int) and value > side:
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"the config says {name}={shown(value)}; it must be a whole number from 1")
+            if value is not None and value > side:
                 raise ValueError(f"the config says {name}={value}, but no tensor has a side above {side}")
 
 

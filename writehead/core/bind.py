@@ -1,8 +1,9 @@
 """Binding: a module's computation as a plain function, its weights looked up once instead of at every call.
 
 A module with a `bind` method has its mathematics there, once; its `forward` binds and calls. Training passes
-`itself`, so parts are called as modules and their hooks run. A decode engine passes `bound`, which binds the parts
-too: on a CPU the look-ups and calls of modules otherwise take as long as the small operations between them.
+`itself`, so parts are called as modules and their hooks run. A decode engine passes `bound`, which binds
+the parts too: on a CPU the look-ups and calls of modules otherwise take as long as the small operations
+between them.
 """
 
 from collections.abc import Callable
@@ -28,4 +29,4 @@ def bound(module: nn.Module) -> Callable[..., Any]:
         shape, eps = list(module.normalized_shape), module.eps
         return partial(F.layer_norm, normalized_shape=shape, weight=module.weight, bias=module.bias, eps=eps)
     bind = getattr(module, "bind", None)
-    return module if bind is None else bind(bound)  # type: ignore[no-any-return]
+    return module if bind is None else bind(bound)

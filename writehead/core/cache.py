@@ -126,6 +126,11 @@ class KV(Node):
         scales = self.scales and (function(self.scales[0]), function(self.scales[1]))
         return replace(self, k=function(self.k), v=function(self.v), pos=function(self.pos), scales=scales)
 
+    def select(self, index: Tensor, once: Once) -> "KV":
+        pos = once(torch.index_select, self.pos, 0, index)
+        k, v, *scales = (_rows(t, index, self.used) for t in (self.k, self.v, *(self.scales or ())))
+        return replace(self, k=k, v=v, pos=pos, scales=(scales[0], scales[1]) if scales else None)
+
     def join(self, other: Node, once: Once) -> "KV":
         assert isinstance(other, KV)
         if self.layout != other.layout or (self.scales is None) != (other.scales is None):
@@ -300,6 +305,15 @@ def _resize(kv: KV, slots: int) -> KV:
         return kv
     k, v, *scales = (F.pad(t, (0, 0, 0, more)) for t in (kv.k, kv.v, *(kv.scales or ())))
     return replace(kv, k=k, v=v, scales=(scales[0], scales[1]) if scales else None)
+
+
+def _rows(t: Tensor, index: Tensor, used: int) -> Tensor:
+    """Rows of t (B, G, S, D); slots that nothing uses are not copied."""
+    if torch.is_grad_enabled() and t.requires_grad:
+        return t.index_select(0, index)
+    rows = t.new_zeros(len(index), *t.shape[1:])
+    torch.index_select(t.narrow(2, 0, used), 0, index, out=rows.narrow(2, 0, used))
+    return rows
 
 
 def _narrow(t: Tensor, used: int) -> Tensor:

@@ -5,7 +5,7 @@ Paper     Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762; kv
 Equation  y_t = sum_s softmax_s(scale q_t.k_s) v_s over the source tokens s of the row's source
 State     keys and values of each source (R, S, G, D), and for each decoder row the number of its source
 Cost      one token O(S H D) operations over S G D * 2 values; several rows of one source read them once
-Decodes   exactly; `select` moves row numbers, never keys or values
+Decodes   exactly; `select` moves row numbers and drops sources that no row reads any more
 Differs   beams of one source are folded into the query rows of one product
 """
 
@@ -47,7 +47,12 @@ class Memory(Node):
         return Memory(function(self.k), function(self.v), function(self.mask), function(self.row))
 
     def select(self, index: Tensor, once: Once) -> "Memory":
-        return replace(self, row=once(torch.index_select, self.row, 0, index))
+        row = once(torch.index_select, self.row, 0, index)
+        read = once(torch.unique, row)
+        if len(read) == len(self.k):
+            return replace(self, row=row)
+        k, v, mask = (t.index_select(0, read) for t in (self.k, self.v, self.mask))
+        return Memory(k, v, mask, once(torch.searchsorted, read, row))
 
     def join(self, other: Node, once: Once) -> "Memory":
         assert isinstance(other, Memory)
