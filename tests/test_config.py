@@ -211,7 +211,7 @@ def test_a_file_that_is_no_config_is_named(text, suffix, tmp_path):
 def test_a_file_that_is_no_text_is_named(tmp_path):
     path = tmp_path / "broken.json"
     path.write_bytes(b"\xff\xfe\x00{}")
-    with pytest.raises(ValueError, match="broken.json: "):
+    with pytest.raises(ValueError, match=r"broken.json: "):
         ModelConfig.read(path)
 
 
