@@ -262,7 +262,8 @@ def tried(values, built):
         if config.depth <= 4 and (config.encoder is None or config.encoder.depth <= 4):
             built.append(blank(config))
     except ValueError as error:
-        assert str(error)
+        if not str(error):
+            raise
 
 
 @pytest.mark.slow
