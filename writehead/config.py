@@ -73,6 +73,11 @@ class ModelConfig:
                 f"encoder must be of kind 'encoder' and dim={self.dim}; got kind={self.encoder.kind!r}, "
                 f"dim={self.encoder.dim}"
             )
+        if self.encoder is not None and self.encoder.vocab != self.vocab:
+            raise ValueError(
+                f"encoder and decoder share their embeddings, so encoder must have vocab={self.vocab}; "
+                f"got vocab={self.encoder.vocab}"
+            )
 
     def layer(self, which: str, index: int) -> Spec:
         """The mixer or feedforward spec of one layer."""

@@ -1,0 +1,390 @@
+"""Whole models: pieces equal the whole, rows themselves alone, blocks their formulas; every refusal."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from writehead.config import ModelConfig
+from writehead.core.bind import bound
+from writehead.core.cache import Store
+from writehead.core.norm import RMS
+from writehead.core.positions import Positions
+from writehead.core.state import detach, join, nbytes, rewind, select, tensors
+from writehead.feedforward.dense import ACTIVATIONS, Chunked, Dense
+from writehead.model.decoder import Decoder
+from writehead.model.encoder import Encoder
+from writehead.model.parts import weights
+from writehead.model.seq2seq import Seq2Seq
+
+V = 13
+MIXED = (
+    {"name": "gqa", "heads": 4},
+    {"name": "local_mqa", "heads": 4, "pattern": {"name": "window", "window": 5}},
+)
+CONFIGS = {
+    "pre, rotary": {},
+    "post, alibi": {
+        "stack": {"name": "residual", "order": "post", "norm": "layer"}, "position": {"name": "alibi"},
+    },
+    "parallel, sinusoidal": {
+        "stack": {"name": "residual", "order": "parallel", "norm": "layer_no_bias", "one_norm": True},
+        "position": {"name": "sinusoidal"}, "mixer": {"name": "mqa", "heads": 4, "bias": "all", "qk_norm": 1e-6},
+    },
+    "learned, untied": {
+        "position": {"name": "learned", "max_context": 60}, "tie_embeddings": False, "head_bias": True,
+        "embed_norm": True, "embed_scale": 4.0, "logit_scale": 0.5,
+        "feedforward": ({"name": "dense", "gated": True, "activation": "silu"}, {"name": "chunked", "chunk": 3}),
+    },
+    "t5": {"position": {"name": "t5"}, "stack": {"name": "residual", "last_norm": False}},
+    "infused": {"position": {"name": "infused"}},
+}  # fmt: skip
+
+
+def decoder(**changes) -> Decoder:
+    model = (
+        Decoder(ModelConfig(**{"vocab": V, "dim": 16, "depth": 3, "mixer": MIXED, **changes})).double().eval()
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return model
+
+
+def seq2seq(**changes) -> Seq2Seq:
+    encoder = ModelConfig(
+        vocab=V,
+        dim=16,
+        depth=1,
+        kind="encoder",
+        mixer={"name": "bidirectional", "heads": 4},
+        position={"name": "t5"},
+    )
+    config = ModelConfig(
+        vocab=V, dim=16, depth=2, kind="seq2seq", mixer={"name": "mqa", "heads": 4}, position={"name": "t5"},
+        cross={"name": "cross", "heads": 4, "kv_heads": 2}, encoder=encoder, **changes,
+    )  # fmt: skip
+    return Seq2Seq(config).double().eval()
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("sizes", [[1] * 20, [20], [7, 1, 12], [1, 19]], ids=str)
+def test_tokens_in_any_pieces_give_the_logits_of_one_call(name, sizes):
+    model = decoder(**CONFIGS[name])
+    tokens = torch.randint(V, (3, 20))
+    right, aux = model(tokens)
+    state, parts = model.init_state(3), []
+    for piece in tokens.split(sizes, 1):
+        logits, state = model.step(piece, state)
+        parts.append(logits)
+    close(torch.cat(parts, 1), right)
+    assert right.shape == (3, 20, V)
+    assert aux == {}
+    assert state.pos.tolist() == [20] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_engines_bound_function_computes_the_same_bit_for_bit(name):
+    model = decoder(**CONFIGS[name])
+    tokens = torch.randint(V, (2, 9))
+    run = model.bind(bound)
+    a, b = model.init_state(2), model.init_state(2)
+    for piece in tokens.split([6, 1, 1, 1], 1):
+        x, a, _ = model.hidden(piece, a)
+        y, b, _ = run(piece, b)
+        assert torch.equal(x, y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ragged_rows_padded_anywhere_are_the_rows_alone(name):
+    model = decoder(**CONFIGS[name])
+    rows = [torch.randint(V, (n,)) for n in (4, 9, 6)]
+    alone = [model(row[None])[0][0] for row in rows]
+    batch = torch.full((3, 11), -1)
+    places = [torch.tensor([0, 4, 5, 10]), torch.arange(9), torch.arange(5, 11)]
+    for i, (row, at) in enumerate(zip(rows, places, strict=True)):
+        batch[i, at] = row
+    state, parts = model.init_state(3), []
+    for piece in batch.split([3, 1, 7], 1):
+        logits, state = model.step(piece, state)
+        parts.append(logits)
+    logits = torch.cat(parts, 1)
+    for i, at in enumerate(places):
+        close(logits[i, at], alone[i])
+    assert state.pos.tolist() == [4, 9, 6]
+
+
+@torch.no_grad()
+def test_beams_are_moved_joined_and_taken_back_with_their_positions():
+    model = decoder()
+    prompts = [torch.randint(V, (1, n)) for n in (5, 8)]
+    states = [model.step(p, model.init_state(1, Store(slack=4)))[1] for p in prompts]
+    state = select(join(*states), torch.tensor([1, 0, 1]))
+    assert state.pos.tolist() == [8, 5, 8]
+    more = torch.randint(V, (3, 4))
+    _, state = model.step(more, state)
+    state = rewind(state, torch.tensor([4, 2, 0]))
+    assert state.pos.tolist() == [8, 7, 12]
+    last = torch.randint(V, (3, 1))
+    logits, _ = model.step(last, state)
+    kept = [prompts[1][0], torch.cat([prompts[0][0], more[1, :2]]), torch.cat([prompts[1][0], more[2]])]
+    for i, text in enumerate(kept):
+        close(logits[i, 0], model(torch.cat([text, last[i]])[None])[0][0, -1])
+
+
+def test_layers_of_equal_layout_share_one_tensor_of_positions():
+    state = decoder(mixer={"name": "mqa", "heads": 4}).init_state(2, Store(capacity=9))
+    assert len({id(layer.pos) for layer, _ in state.layers}) == 1
+    assert nbytes(state) == 3 * 2 * 9 * 2 * 4 * 8 + 2 * 9 * 8 + 2 * 8
+
+
+def test_a_detached_state_continues_without_the_gradient_of_its_past():
+    model = decoder()
+    first, later = torch.randint(V, (2, 6)), torch.randint(V, (2, 3))
+    _, state = model.step(first, model.init_state(2))
+    assert any(t.requires_grad for t in tensors(state))
+    whole = model.step(later, select(state, torch.arange(2)))[0]
+    cut = detach(state)
+    assert not any(t.requires_grad for t in tensors(cut))
+    close(model.step(later, cut)[0], whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["pre", "post", "parallel"])
+@pytest.mark.parametrize("one_norm", [False, True])
+def test_blocks_are_their_formulas(order, one_norm):
+    if one_norm and order != "parallel":
+        pytest.skip("one_norm needs the parallel order")
+    model = decoder(
+        depth=1, stack={"name": "residual", "order": order, "norm": "layer", "one_norm": one_norm}
+    )
+    (block,), x, pos = model.blocks, torch.randn(2, 6, 16).double(), Positions.range(2, 0, 6)
+    y, _, _ = model.stack(x, pos, ((None, None),))
+    f, norm, second = lambda h: block.mixer(h, pos)[0], block.mixer_norm, block.feedforward_norm
+    if order == "pre":
+        h = x + f(norm(x))
+        right = h + block.feedforward(second(h))[0]
+    elif order == "post":
+        h = norm(x + f(x))
+        right = second(h + block.feedforward(h)[0])
+    else:
+        right = x + f(norm(x)) + block.feedforward(norm(x) if one_norm else second(x))[0]
+    close(y, model.stack.norm(right))
+
+
+@torch.no_grad()
+def test_embedding_and_logits_are_scaled_normalised_and_tied_as_said():
+    tokens = torch.randint(V, (2, 5))
+    model = decoder(embed_scale=3.0, logit_scale=0.5, head_bias=True, embed_norm=True)
+    e, x = model.embedding, torch.randn(2, 5, 16).double()
+    embedded = F.layer_norm(3.0 * e.table[tokens], (16,), e.norm.weight, e.norm.bias)
+    close(e(tokens, Positions.range(2, 0, 5)), embedded)
+    close(model.logits(x), 0.5 * x @ e.table.T + e.bias)
+    untied = decoder(tie_embeddings=False)
+    close(untied.logits(x), x @ untied.embedding.output.T)
+    assert {name for name in weights(untied) if "output" in name} == {"embedding.output"}
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only():
+    model = decoder(stack={"name": "residual", "dropout": 0.5})
+    tokens = torch.randint(V, (2, 5))
+    plain = model(tokens)[0]
+    assert torch.equal(plain, model(tokens)[0])
+    model.train()
+    assert not torch.equal(model(tokens)[0], model(tokens)[0])
+    without = decoder().train()
+    assert torch.equal(without(tokens)[0], without(tokens)[0])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_feedforward_layers_are_their_formulas_whole_and_in_pieces_with_gradients(activation, gated):
+    layer = Dense(6, hidden=5, activation=activation, gated=gated, bias=True).double()
+    pieces = Chunked(6, chunk=4, hidden=5, activation=activation, gated=gated, bias=True).double()
+    pieces.dense.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 11, 6).double().requires_grad_()
+    inner = x @ layer.inner.weight.T + layer.inner.bias
+    f = ACTIVATIONS[activation]
+    right = (
+        f(inner[..., :5]) * inner[..., 5:] if gated else f(inner)
+    ) @ layer.outer.weight.T + layer.outer.bias
+    weight = torch.randn_like(right)
+    expected = torch.autograd.grad((right * weight).sum(), [x, *layer.parameters()])
+    for kind in (layer, pieces):
+        y, aux = kind(x)
+        close(y, right)
+        assert aux == {}
+        for a, b in zip(
+            torch.autograd.grad((y * weight).sum(), [x, *kind.parameters()]), expected, strict=True
+        ):
+            close(a, b)
+    with torch.no_grad():
+        close(pieces(x)[0], right)
+
+
+def test_chunked_layers_keep_no_inner_activations_for_the_way_back():
+    x = torch.randn(1, 64, 8, requires_grad=True)
+    kept = {}
+    for kind in (Dense(8, hidden=100), Chunked(8, chunk=4, hidden=100)):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, into=sizes: into.append(t.numel()) or t, lambda t: t
+        ):
+            kind(x)
+        kept[type(kind)] = sum(sizes)
+    assert kept[Dense] >= 64 * 100
+    assert kept[Chunked] < 64 * 100
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "silu"])
+def test_activations_are_torchs(name):
+    x = torch.linspace(-3, 3, 50)
+    module = {"relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU()}[name]
+    assert torch.equal(ACTIVATIONS[name](x), module(x))
+    assert torch.equal(ACTIVATIONS["gelu_tanh"](x), nn.GELU(approximate="tanh")(x))
+
+
+def test_rms_norm_is_torchs_with_gradients_and_computes_in_float32():
+    ours, theirs = RMS(16, 1e-3).double(), nn.RMSNorm(16, 1e-3).double()
+    with torch.no_grad():
+        ours.weight.copy_(torch.randn(16))
+        theirs.weight.copy_(ours.weight)
+    for scale in (1.0, 1e-3, 0.0):
+        x = (scale * torch.randn(2, 3, 16).double()).requires_grad_()
+        close(ours(x), theirs(x))
+        if scale:
+            weight = torch.randn(2, 3, 16).double()
+            a, b = (torch.autograd.grad((n(x) * weight).sum(), [x, n.weight]) for n in (ours, theirs))
+            close(a[0], b[0])
+            close(a[1], b[1])
+    half = RMS(16, 1e-6).half()
+    assert torch.equal(
+        half(torch.full((1, 16), 1e4).half()), torch.ones(1, 16).half()
+    )  # 1e8 is infinite in float16
+
+
+@torch.no_grad()
+def test_an_encoder_gives_each_row_what_it_gives_it_alone_and_reads_both_sides():
+    config = ModelConfig(
+        vocab=V,
+        dim=16,
+        depth=2,
+        kind="encoder",
+        mixer={"name": "bidirectional", "heads": 4},
+        position={"name": "rotary"},
+    )
+    model = Encoder(config).double().eval()
+    rows = [torch.randint(V, (n,)) for n in (3, 7)]
+    batch = torch.full((2, 8), -1)
+    batch[0, [1, 4, 5]], batch[1, :7] = rows[0], rows[1]
+    x, pos, aux = model(batch)
+    close(x[0, [1, 4, 5]], model(rows[0][None])[0][0])
+    close(x[1, :7], model(rows[1][None])[0][0])
+    assert pos.index[0].tolist() == [-1, 0, -1, -1, 1, 2, -1, -1]
+    assert aux == {}
+    changed = rows[1].clone()
+    changed[-1] = (changed[-1] + 1) % V
+    assert float((model(changed[None])[0][0, 0] - x[1, 0]).abs().max()) > 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 3])
+def test_beams_of_one_source_share_its_memory_and_are_rows_alone(beams):
+    model = seq2seq()
+    source = torch.tensor([[3, 4, 5, 6], [7, 8, -1, -1]])
+    state, _ = model.read(source)
+    memories = [memory for _, memory in state.layers]
+    before = [memory.k.data_ptr() for memory in memories]
+    index = torch.arange(2).repeat_interleave(beams)
+    state = select(state, index)
+    target = torch.randint(V, (2 * beams, 5))
+    logits, state = model.step(target, state)
+    assert [memory.k.data_ptr() for _, memory in state.layers] == before
+    assert all(len(memory.k) == 2 and len(memory.row) == 2 * beams for _, memory in state.layers)
+    for i in range(2 * beams):
+        row = source[index[i]]
+        close(logits[i], model(row[row >= 0][None], target[i][None])[0][0])
+    mixed = select(state, torch.tensor([beams, 0]))
+    last = torch.randint(V, (2, 1))
+    logits, _ = model.step(last, mixed)
+    for i, old in enumerate((beams, 0)):
+        row = source[index[old]]
+        text = torch.cat([target[old], last[i]])
+        close(logits[i, 0], model(row[row >= 0][None], text[None])[0][0, -1])
+
+
+def test_a_seq2seq_learns_through_its_source_and_shares_one_table():
+    model = seq2seq()
+    assert model.encoder.embedding.table is model.decoder.embedding.table
+    logits, aux = model(torch.tensor([[3, 4, 5]]), torch.tensor([[1, 2]]))
+    logits.square().sum().backward()
+    assert aux == {}
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    assert float(model.encoder.stack.blocks[0].mixer.qkv.weight.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda: decoder()(torch.tensor([[1, V]])), r"token 13 is not in the vocabulary of 13 \(0 to 12\)"),
+        (
+            lambda: decoder()(torch.tensor([1, 2])),
+            r"tokens must have shape \(B=2, T\); got \(2,\)|tokens must have shape",
+        ),
+        (
+            lambda: decoder().step(torch.tensor([[1, 2]]), decoder().init_state(3)),
+            r"tokens must have shape \(B=3, T\); got \(1, 2\)",
+        ),
+        (
+            lambda: decoder(position={"name": "learned", "max_context": 4})(
+                torch.ones(1, 5, dtype=torch.int64)
+            ),
+            r"position 4 does not exist: this model has 4 positions \(0 to 3\); shorten the prompt",
+        ),
+        (lambda: seq2seq().encoder(torch.tensor([1, 2])), r"tokens must have shape \(B, T\); got \(2,\)"),
+        (
+            lambda: seq2seq().encoder(torch.tensor([[V + 3]])),
+            r"token 16 is not in the vocabulary of 13 \(0 to 12\)",
+        ),
+        (
+            lambda: ModelConfig.from_dict({**seq2seq().config.to_dict(), "vocab": V + 1}),
+            "encoder and decoder share their embeddings, so encoder must have vocab=14; got vocab=13",
+        ),
+        (lambda: Dense(4, activation="glu"), "unknown activation 'glu'; did you mean 'gelu'"),
+        (lambda: Dense(4, hidden=0), "hidden=0 must be at least 1"),
+        (lambda: Chunked(4, chunk=0), "chunk=0 must be at least 1"),
+    ],
+)
+def test_what_a_model_refuses_it_says(run, message):
+    with pytest.raises(ValueError, match=message):
+        run()
+
+
+def test_a_full_position_table_stops_the_next_step_and_not_an_earlier_one():
+    model = decoder(position={"name": "learned", "max_context": 4})
+    _, state = model.step(torch.ones(1, 3, dtype=torch.int64), model.init_state(1))
+    _, state = model.step(torch.tensor([[1]]), state)
+    with pytest.raises(ValueError, match="position 4 does not exist: this model has 4 positions"):
+        model.step(torch.tensor([[1]]), state)
+    _, state = model.step(
+        torch.tensor([[-1]]), model.step(torch.ones(1, 4, dtype=torch.int64), model.init_state(1))[1]
+    )
+    assert state.pos.tolist() == [4]
+
+
+def test_the_same_seed_makes_the_same_weights():
+    def made():
+        torch.manual_seed(3)
+        return weights(Decoder(ModelConfig(vocab=V, dim=16, depth=1, mixer={"name": "mqa", "heads": 4})))
+
+    a, b = made(), made()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
