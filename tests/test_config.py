@@ -2,43 +2,15 @@
 
 import copy
 import json
-import random
 
 import pytest
 import yaml
+from config_seeds import ENCODER, SEEDS, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 
 from writehead.config import ModelConfig
-from writehead.convert.build import KINDS, blank
-
-SMALL = {"vocab": 11, "dim": 16, "depth": 2}
-ENCODER = {
-    **SMALL,
-    "kind": "encoder",
-    "mixer": {"name": "bidirectional", "heads": 4},
-    "position": {"name": "sinusoidal"},
-}
-SEEDS = [
-    {**SMALL, "mixer": {"name": "gqa", "heads": 4, "kv_heads": 2, "bias": "qkv"}, "max_context": 64},
-    {
-        **SMALL, "mixer": [{"name": "mqa", "heads": 4}, {"name": "local_mqa", "heads": 4}],
-        "position": {"name": "rotary", "base": 5e5, "scaling": {"name": "linear", "factor": 2.0}},
-        "feedforward": {"name": "dense", "hidden": 24, "gated": True, "activation": "silu"},
-        "stack": {"name": "residual", "order": "parallel", "one_norm": True},
-    },
-    {
-        **SMALL, "position": {"name": "alibi"}, "tie_embeddings": False, "head_bias": True, "embed_norm": True,
-        "mixer": {"name": "mha", "heads": 4, "pattern": {"name": "and", "a": {"name": "causal"}, "b": {
-            "name": "per_head", "patterns": [{"name": "window", "window": 3}] * 3 + [{"name": "full"}]}}},
-    },
-    {**SMALL, "position": {"name": "learned", "max_context": 9}, "embed_scale": 4.0, "logit_scale": 0.25},
-    ENCODER,
-    {
-        **SMALL, "kind": "seq2seq", "encoder": {**ENCODER, "position": {"name": "t5"}}, "position": {"name": "t5"},
-        "cross": {"name": "cross", "heads": 4}, "feedforward": {"name": "chunked", "chunk": 3},
-    },
-]  # fmt: skip
+from writehead.convert.build import KINDS
 
 
 @pytest.mark.parametrize("values", SEEDS, ids=range(len(SEEDS)))
@@ -58,10 +30,14 @@ def test_plain_values_carry_a_version_and_leave_defaults_out():
 
 
 @given(
-    st.integers(1, 10**6), st.integers(1, 4096), st.integers(1, 99), st.booleans(),
-    st.floats(-1e6, 1e6), st.none() | st.integers(1, 10**9),
+    st.integers(1, 10**6),
+    st.integers(1, 4096),
+    st.integers(1, 99),
+    st.booleans(),
+    st.floats(-1e6, 1e6),
+    st.none() | st.integers(1, 10**9),
     st.lists(st.sampled_from([{"name": "mha"}, {"name": "mqa", "heads": 2}]), min_size=1, max_size=3),
-)  # fmt: skip
+)
 def test_any_config_survives_its_own_plain_values(vocab, dim, depth, flag, scale, context, mixers):
     config = ModelConfig(
         vocab=vocab,
@@ -140,16 +116,31 @@ def test_what_from_dict_refuses_it_says(values, message):
         ({"mixer": {"name": "mqa", 4: 4}}, "mqa takes no argument '4'"),
         ({"mixer": {"name": "mqa", "dim": 4}}, "mqa takes no argument 'dim'"),
         ({"mixer": {"name": "mqa", "heads": "4"}}, "mqa: heads must be int; got '4'"),
-        ({"mixer": {"name": "mqa", "heads": 3}}, "dim=16 must be a positive multiple of heads=3; nearest is 15"),
+        (
+            {"mixer": {"name": "mqa", "heads": 3}},
+            "dim=16 must be a positive multiple of heads=3; nearest is 15",
+        ),
         ({"mixer": {"name": "mqa", "qk_norm": True}}, "mqa: qk_norm must be float or nothing; got True"),
-        ({"mixer": {"name": "mqa", "pattern": "causal"}}, "mqa: pattern must be .*; got 'causal'|a pattern is a mapping"),
+        (
+            {"mixer": {"name": "mqa", "pattern": "causal"}},
+            "mqa: pattern must be .*; got 'causal'|a pattern is a mapping",
+        ),
         ({"mixer": {"name": "mqa", "pattern": {"name": "window"}}}, "pattern 'window' needs window"),
-        ({"mixer": {"name": "bidirectional", "heads": 4}}, "'bidirectional' reads tokens after the query, so it cannot decode"),
-        ({"mixer": {"name": "cross"}}, "cross-attention reads an encoder: give it as `cross` of a seq2seq config"),
+        (
+            {"mixer": {"name": "bidirectional", "heads": 4}},
+            "'bidirectional' reads tokens after the query, so it cannot decode",
+        ),
+        (
+            {"mixer": {"name": "cross"}},
+            "cross-attention reads an encoder: give it as `cross` of a seq2seq config",
+        ),
         ({"feedforward": {"name": "dnse"}}, r"unknown name \(feed-forward\) 'dnse'; did you mean 'dense'"),
         ({"feedforward": {"name": "dense", "hidden": 0}}, "hidden=0 must be at least 1"),
         ({"feedforward": {"name": "chunked", "chunk": 0}}, "chunk=0 must be at least 1"),
-        ({"feedforward": {"name": "dense", "activation": "gelu2"}}, "unknown activation 'gelu2'; did you mean 'gelu'"),
+        (
+            {"feedforward": {"name": "dense", "activation": "gelu2"}},
+            "unknown activation 'gelu2'; did you mean 'gelu'",
+        ),
         ({"position": {"name": "learned"}}, "learned needs max_context"),
         ({"position": {"name": "rope"}}, r"unknown name \(position\) 'rope'"),
         ({"position": {"name": "rotary", "scaling": 3}}, "rotary: scaling must be"),
@@ -157,31 +148,48 @@ def test_what_from_dict_refuses_it_says(values, message):
         ({"position": {"name": "alibi", "slopes_of_heads": ["a"] * 8}}, "slopes_of_heads"),
         ({"position": {"name": "alibi", "heads": 3}}, "alibi takes no argument 'heads'"),
         (
-            {"position": {"name": "alibi"}, "mixer": ({"name": "mqa", "heads": 4}, {"name": "mqa", "heads": 2})},
+            {
+                "position": {"name": "alibi"},
+                "mixer": ({"name": "mqa", "heads": 4}, {"name": "mqa", "heads": 2}),
+            },
             r"alibi positions need one heads for all layers; the mixers have 2, 4",
         ),
         (
-            {"position": {"name": "rotary"}, "mixer": ({"name": "mqa", "heads": 4}, {"name": "mqa", "heads": 2})},
+            {
+                "position": {"name": "rotary"},
+                "mixer": ({"name": "mqa", "heads": 4}, {"name": "mqa", "heads": 2}),
+            },
             r"rotary positions need one head_dim for all layers; the mixers have 4, 8",
         ),
-        ({"position": {"name": "rotary"}, "mixer": {"name": "mqa", "heads": 16}}, "rotary_dim=1 must be even"),
-        ({"kind": "encoder", "position": {"name": "none"}}, "an encoder without positions cannot tell the order"),
+        (
+            {"position": {"name": "rotary"}, "mixer": {"name": "mqa", "heads": 16}},
+            "rotary_dim=1 must be even",
+        ),
+        (
+            {"kind": "encoder", "position": {"name": "none"}},
+            "an encoder without positions cannot tell the order",
+        ),
         ({"kind": "encoder", "mixer": {"name": "cross"}, "position": {"name": "t5"}}, "cross"),
         ({"stack": {"name": "residual", "order": "before"}}, "unknown order 'before'"),
-        ({"stack": {"name": "residual", "one_norm": True}}, r'one_norm=True needs order="parallel"; got order=\'pre\''),
+        (
+            {"stack": {"name": "residual", "one_norm": True}},
+            r'one_norm=True needs order="parallel"; got order=\'pre\'',
+        ),
         ({"stack": {"name": "residual", "norm": "rsm"}}, "unknown norm 'rsm'; did you mean 'rms'"),
         ({"stack": {"name": "residual", "dropout": 1.0}}, "dropout=1.0 must be from 0 up to 1"),
         ({"stack": {"name": "residual", "eps": -1e-6}}, "eps=-1e-06 must be from 0 up to 1"),
         ({"stack": {"name": "residual", "layers": []}}, "residual takes no argument 'layers'"),
         (
             {
-                "kind": "seq2seq", "cross": {"name": "cross"}, "stack": {"name": "residual", "order": "parallel"},
+                "kind": "seq2seq",
+                "cross": {"name": "cross"},
+                "stack": {"name": "residual", "order": "parallel"},
                 "encoder": ModelConfig.from_dict(ENCODER),
             },
             'a decoder with cross-attention needs order="pre" or "post"; got "parallel"',
         ),
     ],
-)  # fmt: skip
+)
 def test_combinations_that_cannot_work_end_at_construction_with_a_sentence(changes, message):
     config = ModelConfig(**{**SMALL, "position": {"name": "none"}, **changes})
     with pytest.raises(ValueError, match=message):
@@ -204,80 +212,19 @@ def test_a_model_of_another_kind_is_refused_by_name():
 def test_a_file_that_is_no_config_is_named(text, suffix, tmp_path):
     path = tmp_path / f"broken.{suffix}"
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"broken.{suffix}: "):
+    with pytest.raises(ValueError, match=rf"broken\.{suffix}: "):
         ModelConfig.read(path)
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path):
     path = tmp_path / "broken.json"
     path.write_bytes(b"\xff\xfe\x00{}")
-    with pytest.raises(ValueError, match=r"broken.json: "):
+    with pytest.raises(ValueError, match=r"broken\.json: "):
         ModelConfig.read(path)
 
 
 def test_yaml_makes_no_python_objects(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("!!python/object/apply:os.system ['true']")
-    with pytest.raises(ValueError, match="could not determine a constructor"):
+    with pytest.raises(ValueError, match="could not determine a constructor for the tag"):
         ModelConfig.read(path)
-
-
-POOL = [
-    None, True, -1, 0, 1, 2, 3, 2**31, 10**12, 10**30, 0.5, -1.0, 1e300, float("nan"), float("inf"), "", "x", "mqa",
-    [], {}, [1], [None], ["a"] * 8, {"name": "mqa"}, {"name": 3}, {"name": "window", "window": 2}, [{"name": "mha"}],
-    {"name": "linear", "factor": 3.0}, [[]], {"x": {}},
-]  # fmt: skip
-
-
-def places(value, path=()):
-    """Every (container, key) inside a config."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in list(items):
-        yield value, key
-        yield from places(inner, (*path, key))
-
-
-def mutated(rng):
-    values = copy.deepcopy(rng.choice(SEEDS))
-    for _ in range(rng.choice([1, 1, 2, 3])):
-        holder, key = rng.choice(list(places(values)))
-        action = rng.choice(["replace", "replace", "delete", "rename", "add"])
-        if action == "replace":
-            holder[key] = copy.deepcopy(rng.choice(POOL))
-        elif action == "delete":
-            del holder[key]
-        elif isinstance(holder, dict):
-            holder[rng.choice([str(key) + "s", str(key)[1:], 5, "heads", "pattern"])] = (
-                holder.pop(key) if action == "rename" else copy.deepcopy(rng.choice(POOL))
-            )
-        if not values:
-            break
-    return values
-
-
-def tried(values, built):
-    """Builds the model, or not with a ValueError; anything else fails."""
-    try:
-        config = ModelConfig.from_dict(values)
-        if config.depth <= 4 and (config.encoder is None or config.encoder.depth <= 4):
-            built.append(blank(config))
-    except ValueError as error:
-        if not str(error):
-            raise
-
-
-@pytest.mark.slow
-def test_two_thousand_mutated_configs_build_or_say_why_not():
-    rng, built = random.Random(0), []
-    for _ in range(1500):
-        tried(mutated(rng), built)
-    assert 50 < len(built) < 1000
-    for _ in range(500):
-        text = json.dumps(rng.choice(SEEDS))
-        at = rng.randrange(len(text))
-        change = rng.choice(["", text[: rng.randrange(20)], rng.choice('{}[],:"0e-9nt')])
-        try:
-            values = json.loads(text[:at] + change + text[at + rng.randrange(4) :])
-        except ValueError:
-            continue
-        tried(values, built)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from writehead.catalog import MIXERS
 from writehead.config import ModelConfig
+from writehead.core.bind import bound
 from writehead.core.cache import Store
 from writehead.core.pattern import And, Causal, Leading, Pattern, PerHead, Window
 from writehead.core.positions import Positions
@@ -41,6 +43,17 @@ SCHEMES = {
 }
 
 
+class Bound(nn.Module):
+    """The mixer as a decode engine runs it: its computation as a plain function."""
+
+    def __init__(self, mixer):
+        super().__init__()
+        self.mixer, self.init_state = mixer, mixer.init_state
+
+    def forward(self, x, pos, state=None):
+        return self.mixer.bind(bound)(x, pos, state)
+
+
 def assert_holds(verdict):
     assert verdict.passed, verdict
 
@@ -60,6 +73,12 @@ def test_every_pattern_obeys_with_two_kv_heads(pattern, law):
     )
     bounded = pattern not in ("causal", "per head with one that sees all")
     assert_holds(check(mixer, law, decodes="O(W)" if bounded else "O(S)", seed=1))
+
+
+@pytest.mark.parametrize("law", TIMELESS)
+def test_a_mixer_bound_for_an_engine_obeys(law):
+    mixer = Softmax(16, heads=4, kv_heads=2, bias="all", qk_norm=1e-6, pattern=SINKS, position=Rotary(4))
+    assert_holds(check(Bound(mixer), law, seed=7))
 
 
 @pytest.mark.parametrize("law", DECODING)
