@@ -579,7 +579,7 @@ def test_a_t5_with_an_absurd_distance_is_refused(tmp_path: Path) -> None:
 def test_our_own_config_with_a_nested_value_of_a_wrong_type_is_refused(llama: Path, tmp_path: Path) -> None:
     save(load(llama).model, tmp_path / "own")
     scaling = {"name": "linear", "factor": {"x": 1}}
-    with pytest.raises(BadFile, match="the config has a value of a wrong type: float"):
+    with pytest.raises(BadFile, match=r"linear scaling: factor must be a number of at least 1; got"):
         load(edit(tmp_path / "own", position={"name": "rotary", "scaling": scaling}))
 
 

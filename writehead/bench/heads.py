@@ -102,7 +102,7 @@ def grid(
             held = {kv: state_bytes(skeleton(shape), call) for kv, shape in shapes.items()}  # type: ignore[arg-type]
             free = available_memory()
             fits: list[int] = []
-            for kv in sorted(held):
+            for kv in sorted(held, key=lambda kv: kv not in (1, heads)):  # the ends of the range matter most
                 if free is None or sum(held[k] for k in [*fits, kv]) < 0.8 * free:
                     fits.append(kv)
             cell = Cell(batch, context)

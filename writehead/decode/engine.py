@@ -4,7 +4,7 @@ import copy
 from typing import Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from writehead.core.bind import bound, itself
 from writehead.core.cache import Store
@@ -86,6 +86,7 @@ class TorchEngine:
         model.eval()
         self.model, self.prefill_chunk = compiled(model) if compile else model, prefill_chunk
         self.decoder = self.model.decoder if isinstance(self.model, Seq2Seq) else self.model
+        lay_out(self.decoder.stack)
         self._hidden = self.decoder.bind(itself if compile else bound)
         self.vocab, self.device = self.decoder.config.vocab, self.decoder.embedding.table.device
         self.positions = self.decoder.embedding.position.max_context
@@ -162,6 +163,17 @@ class TorchEngine:
         if source is not None:
             raise ValueError("a source was given, but this model has no encoder")
         return self.model.init_state(batch, store)
+
+
+def lay_out(stack: nn.Module) -> None:
+    """Keep float32 matrices on a CPU column by column; their shapes and values stay.
+
+    MKL multiplies 3 to 32 rows with such a matrix 1.4 to 2 times as fast, and one row no slower.
+    """
+    for parameter in stack.parameters():
+        matrix = parameter.dim() == 2 and parameter.is_cpu and parameter.dtype == torch.float32
+        if matrix and parameter.is_contiguous():
+            parameter.data = parameter.data.t().contiguous().t()
 
 
 def compiled(model: Model) -> Model:
