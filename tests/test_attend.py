@@ -29,7 +29,7 @@ def close(a, b, tolerance=1e-12):
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(("H", "G"), HEADS)
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 7), (6, 6), (3, 8)])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 5), (4, 4), (2, 5)])
 def test_plain_and_causal_attention_is_the_reference(T, S, H, G, exact):
     q, k, v = inputs(2, T, S, H, G)
     for causal in (False, True):
@@ -42,7 +42,7 @@ def test_plain_and_causal_attention_is_the_reference(T, S, H, G, exact):
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(("H", "G"), HEADS)
-@pytest.mark.parametrize(("T", "S"), [(1, 7), (5, 5), (3, 8)])
+@pytest.mark.parametrize(("T", "S"), [(1, 5), (3, 3), (2, 4)])
 def test_masks_and_biases_of_every_breadth_are_the_reference(T, S, H, G, exact):
     q, k, v = inputs(2, T, S, H, G)
     for mask_shape in ((2, 1, T, S), (1, H, T, S), (2, H, T, S), (1, 1, T, S)):
