@@ -141,6 +141,8 @@ class ModelConfig:
             text = data.decode("utf-8")
             values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
             return cls.from_dict(values)
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: is not text; give a config as JSON or YAML") from None
         except (ValueError, yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 

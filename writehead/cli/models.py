@@ -39,10 +39,7 @@ def config_of(name: str) -> "ModelConfig":
 def _ours(path: Path) -> "ModelConfig":
     from writehead.config import ModelConfig
 
-    try:
-        return ModelConfig.read(path)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not text; give a config as JSON or YAML") from None
+    return ModelConfig.read(path)
 
 
 def _theirs(path: Path) -> "ModelConfig":
