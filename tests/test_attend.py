@@ -71,6 +71,7 @@ def test_a_causal_triangle_with_a_mask_is_both(H, G, exact):
     close(lse, right[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [FOLD // 2, FOLD // 2 + 1])
 def test_folded_queries_and_one_product_a_member_agree_with_the_reference(T):
     q, k, v = inputs(1, T, T + 3, 4, 2, D=3)

@@ -95,7 +95,8 @@ def test_every_position_scheme_splits_and_ignores_padding_in_a_growing_cache(sch
         assert_holds(check(mixer, law, seed=3))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("pattern", [Causal(), SINKS], ids=["causal", "sinks"])
 def test_caches_of_fewer_bits_obey_among_themselves(dtype, pattern):
     mixer = Softmax(16, heads=4, kv_heads=2, pattern=pattern, position=Rotary(4))
@@ -144,6 +145,7 @@ def test_whole_decoders_of_mixed_layers_obey(position, law):
     assert_holds(check(Layers(model), law, length=13))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", TIMELESS)
 def test_a_decoder_that_reads_an_encoder_obeys(law):
     encoder = ModelConfig(

@@ -193,6 +193,37 @@ def test_blocks_are_their_formulas(order, one_norm):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_blocks_that_read_a_memory_are_their_formulas(order):
+    model = seq2seq(stack={"name": "residual", "order": order, "norm": "layer"}).decoder
+    for p in model.parameters():
+        p += 0.3 * torch.randn_like(p)
+    block, x, pos = next(iter(model.blocks)), torch.randn(2, 6, 16).double(), Positions.range(2, 0, 6)
+    memory = block.cross.remember(torch.randn(2, 4, 16).double(), Positions.range(2, 0, 4))
+    parts = (
+        (lambda h: block.mixer(h, pos)[0], block.mixer_norm),
+        (lambda h: block.cross(h, pos, memory)[0], block.cross_norm),
+        (lambda h: block.feedforward(h)[0], block.feedforward_norm),
+    )
+    right = x
+    for f, norm in parts:
+        right = right + f(norm(right)) if order == "pre" else norm(right + f(right))
+    close(block(x, pos, (None, memory))[0], right)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("order", "one_norm"), [("pre", False), ("post", False), ("parallel", False), ("parallel", True)]
+)
+def test_the_bidirectional_form_of_a_block_is_its_formula(order, one_norm):
+    model = decoder(
+        depth=1, stack={"name": "residual", "order": order, "norm": "layer", "one_norm": one_norm}
+    )
+    (block,), x, pos = model.blocks, torch.randn(2, 6, 16).double(), Positions.range(2, 0, 6)
+    close(block.encode(x, pos)[0], block(x, pos, (None, None))[0])  # the mixer is causal either way
+
+
+@torch.no_grad()
 def test_embedding_and_logits_are_scaled_normalised_and_tied_as_said():
     tokens = torch.randint(V, (2, 5))
     model = decoder(embed_scale=3.0, logit_scale=0.5, head_bias=True, embed_norm=True)

@@ -184,6 +184,29 @@ def test_reach_is_as_tight_as_the_pattern_allows(pattern, reach):
     assert pattern.reach == reach
 
 
+@pytest.mark.parametrize(
+    ("pattern", "causal"),
+    [
+        (Full(), False),
+        (Causal(), True),
+        (Window(3), True),
+        (Window(3, after=1), False),
+        (Leading(2), False),
+        (Causal() & Full(), True),
+        (Leading(2) & Causal(), True),
+        (Leading(2) & Full(), False),
+        (Causal() | Window(3), True),
+        (Causal() | Leading(2), False),
+        (Leading(2) | Window(3), False),
+        (PerHead((Causal(), Window(3))), True),
+        (PerHead((Causal(), Full())), False),
+        (PerHead((Full(), Causal())), False),
+    ],
+)
+def test_a_combination_is_causal_where_its_parts_make_it_so(pattern, causal):
+    assert pattern.causal == causal
+
+
 def test_reprs_read_as_they_are_written():
     assert (
         repr(Causal() & (Window(4) | Leading(2)))
