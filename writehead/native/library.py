@@ -4,6 +4,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from writehead.core import system
 from writehead.native.build import FOLDER, instruction_sets
@@ -16,7 +17,7 @@ FORMATS = ("float32", "bfloat16", "int8", "int4")
 class Matrix(ctypes.Structure):
     """`wh_matrix` of writehead.h."""
 
-    _fields_: Sequence[tuple[str, type]] = [
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
         ("format", ctypes.c_int32),
         ("n", ctypes.c_int32),
         ("k", ctypes.c_int32),
