@@ -9,6 +9,13 @@
 #include <immintrin.h>
 #endif
 
+// Loops over the registers of a tile, whose bounds are constants.
+#if defined(__clang__)
+#define WH_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define WH_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace wh {
 
 #if defined(__AVX512F__)
@@ -26,6 +33,7 @@ typedef int16_t svec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t wvec __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t bvec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t half __attribute__((vector_size(2 * kLanes)));
+typedef int8_t quarter __attribute__((vector_size(kLanes)));
 
 template <class V, class T>
 inline V load_as(const T* from) {
@@ -78,29 +86,33 @@ inline vec load_f16(const uint16_t* from) {
 #endif
 }
 
+#if defined(__AVX512F__)
+inline float reduce_add(vec v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float reduce_max(vec v) { return _mm512_reduce_max_ps((__m512)v); }
+inline int32_t reduce_add(ivec v) { return _mm512_reduce_add_epi32((__m512i)v); }
+inline int32_t reduce_max(ivec v) { return _mm512_reduce_max_epi32((__m512i)v); }
+#else
 inline float reduce_add(vec v) {
-    float sum = 0;
-    for (int i = 0; i < kLanes; i++) sum += v[i];
+    float sum = v[0];
+    for (int i = 1; i < kLanes; i++) sum += v[i];
     return sum;
 }
-
-inline int32_t reduce_add(ivec v) {
-    int32_t sum = 0;
-    for (int i = 0; i < kLanes; i++) sum += v[i];
-    return sum;
-}
-
-inline int32_t reduce_max(ivec v) {
-    int32_t best = v[0];
-    for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
-    return best;
-}
-
 inline float reduce_max(vec v) {
     float best = v[0];
     for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
     return best;
 }
+inline int32_t reduce_add(ivec v) {
+    int32_t sum = v[0];
+    for (int i = 1; i < kLanes; i++) sum += v[i];
+    return sum;
+}
+inline int32_t reduce_max(ivec v) {
+    int32_t best = v[0];
+    for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
+    return best;
+}
+#endif
 
 // e^x to two units in the last place; 0 below -87.3 (so of -infinity too), infinity above 88.7.
 inline vec exp(vec x) {
