@@ -63,7 +63,7 @@ void quantise_group(const float* x, int32_t (&units)[kUnits], float& scale, int3
     float most;
     std::memcpy(&most, &bits, 4);
     scale = most / 127;
-    const vec inverse = splat(most > 1e-30f ? 127 / most : 0);
+    const vec inverse = splat(most > 1e-36f ? 127 / most : 0);
     ivec total = {};
     for (int v = 0; v < V; v++) {
         const ivec values = round_to_int(inputs[v] * inverse);

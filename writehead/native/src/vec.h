@@ -7,6 +7,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // Loops over the registers of a tile, whose bounds are constants.
@@ -46,7 +48,20 @@ inline vec load(const float* from) { return load_as<vec>(from); }
 inline void store(float* to, vec v) { std::memcpy(to, &v, sizeof v); }
 inline vec splat(float x) { return x - vec{}; }
 inline ivec splat_int(int32_t x) { return x - ivec{}; }
-inline vec fma(vec a, vec b, vec c) { return a * b + c; }  // -ffp-contract=fast makes it one instruction
+
+// One instruction where there is one. Other products and sums are never fused: a quantised value must not depend on it.
+inline vec fma(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 inline vec min(vec a, vec b) { return a < b ? a : b; }
 inline vec as_float(ivec v) { return (vec)v; }
