@@ -28,6 +28,7 @@ ROOMS = (
     ("mixers", "feedforward"),
     ("stacks",),
     ("model",),
+    ("native",),
     ("decode", "convert", "laws"),
     ("costs",),
     ("bench",),

@@ -1,0 +1,73 @@
+"""Find and load the native library for this processor, and call it."""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from writehead.core import system
+from writehead.native.build import FOLDER, instruction_sets
+
+VERSION = 1
+NEEDS = {"avx512": ("avx512f", "avx512_vnni"), "avx2": ("avx2",), "neon": (), "portable": ()}
+FORMATS = ("float32", "bfloat16", "int8", "int4")
+
+
+class Matrix(ctypes.Structure):
+    """`wh_matrix` of writehead.h."""
+
+    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
+        ("format", ctypes.c_int32),
+        ("n", ctypes.c_int32),
+        ("k", ctypes.c_int32),
+        ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    ]
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load one library and declare its functions.
+
+    Raises:
+        OSError: it cannot be loaded, or speaks another version of the interface.
+    """
+    library = ctypes.CDLL(str(path))
+    library.wh_version.restype = ctypes.c_int32
+    if (version := library.wh_version()) != VERSION:
+        raise OSError(f"{path} has interface version {version}, not {VERSION}; build it again")
+    library.wh_instructions.restype = ctypes.c_char_p
+    library.wh_team_create.restype = ctypes.c_void_p
+    library.wh_team_create.argtypes = [ctypes.c_int32]
+    library.wh_team_free.restype = None
+    library.wh_team_free.argtypes = [ctypes.c_void_p]
+    library.wh_linear.restype = ctypes.c_int32
+    library.wh_linear.argtypes = [
+        ctypes.c_void_p,
+        ctypes.POINTER(Matrix),
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+def runnable() -> list[str]:
+    """The instruction sets that this processor can run, best first."""
+    has = system.instruction_sets() or {}
+    return [name for name in instruction_sets() if all(has.get(need) for need in NEEDS[name])]
+
+
+@functools.cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """The best library for this processor, or None; and its instruction set, or why there is none."""
+    names = runnable()
+    for name in names:
+        path = FOLDER / f"libwritehead_{name}.so"
+        if path.exists():
+            try:
+                return load(path), name
+            except OSError as problem:
+                return None, str(problem)
+    return None, f"no native library was built for {' or '.join(names)}; run python -m writehead.native.build"
