@@ -23,7 +23,10 @@ constexpr int blocks_at_once(int rows) { return kLanes == 16 ? (rows <= 4 ? 4 : 
 
 inline vec widen(const float* from) { return load(from); }
 inline vec widen(const uint16_t* from) { return load_bf16(from); }
-inline vec widen(const int8_t* from) { return load_i8(from); }
+inline vec widen(const int8_t* from) {
+    typedef int8_t bytes __attribute__((vector_size(kLanes)));
+    return to_float(__builtin_convertvector(load_as<bytes>(from), ivec));
+}
 
 // Scores of ROWS queries and BLOCKS blocks.
 template <int ROWS, int BLOCKS, class T>

@@ -60,27 +60,20 @@ vec active(vec x) {
 }
 
 template <int KIND>
-void activate_as(const float* gate, const float* x, int n, float* y) {
+void activate_as(bool gated, const float* x, int n, float* y) {
+    for (int i = 0; gated && i < n; i += kBlock)
+        for (int j = 0; j < kBlock; j += kLanes)
+            store(y + i + j, active<KIND>(load(x + 2 * i + j)) * load(x + 2 * i + kBlock + j));
+    if (gated) return;
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        const vec a = active<KIND>(load(gate + i));
-        store(y + i, x ? a * load(x + i) : a);
-    }
-    for (; i < n; i++) {
-        const float a = active<KIND>(splat(gate[i]))[0];
-        y[i] = x ? a * x[i] : a;
-    }
+    for (; i + kLanes <= n; i += kLanes) store(y + i, active<KIND>(load(x + i)));
+    for (; i < n; i++) y[i] = active<KIND>(splat(x[i]))[0];
 }
 
-void activate_any(int32_t activation, const float* gate, const float* x, int n, float* y) {
-    switch (activation) {
-        case WH_RELU: return activate_as<WH_RELU>(gate, x, n, y);
-        case WH_GELU: return activate_as<WH_GELU>(gate, x, n, y);
-        case WH_GELU_TANH: return activate_as<WH_GELU_TANH>(gate, x, n, y);
-        case WH_SILU: return activate_as<WH_SILU>(gate, x, n, y);
-        case WH_SIGMOID: return activate_as<WH_SIGMOID>(gate, x, n, y);
-        default: return activate_as<WH_IDENTITY>(gate, x, n, y);
-    }
+inline uint16_t to_bf16(float x) {
+    uint16_t all[kLanes];
+    store_bf16(all, splat(x));
+    return all[0];
 }
 
 // Stores n numbers `apart` elements from each other.
@@ -115,10 +108,15 @@ void normalise(const wh_norm& norm, const float* x, int n, float* y) {
         for (int i = 0; i < n; i++) y[i] += norm.bias[i];
 }
 
-void activate(int32_t activation, const float* x, int n, float* y) { activate_any(activation, x, nullptr, n, y); }
-
-void activate_gated(int32_t activation, const float* gate, const float* x, int n, float* y) {
-    activate_any(activation, gate, x, n, y);
+void activate(int32_t activation, bool gated, const float* x, int n, float* y) {
+    switch (activation) {
+        case WH_RELU: return activate_as<WH_RELU>(gated, x, n, y);
+        case WH_GELU: return activate_as<WH_GELU>(gated, x, n, y);
+        case WH_GELU_TANH: return activate_as<WH_GELU_TANH>(gated, x, n, y);
+        case WH_SILU: return activate_as<WH_SILU>(gated, x, n, y);
+        case WH_SIGMOID: return activate_as<WH_SIGMOID>(gated, x, n, y);
+        default: return activate_as<WH_IDENTITY>(gated, x, n, y);
+    }
 }
 
 void rotate(float* head, const float* turn, int half, bool interleaved) {

@@ -9,9 +9,8 @@ namespace wh {
 // y = norm(x) of n numbers; may be done in place.
 void normalise(const wh_norm& norm, const float* x, int n, float* y);
 
-// y = f(x), or with a gate y = f(gate) * x, of n numbers; y may be x.
-void activate(int32_t activation, const float* x, int n, float* y);
-void activate_gated(int32_t activation, const float* gate, const float* x, int n, float* y);
+// y = f(x) for n numbers, or with a gate y = f(gate) * x, where x holds 16 of the gate, 16 of the input and so on.
+void activate(int32_t activation, bool gated, const float* x, int n, float* y);
 
 // Turns the first 2 `half` numbers of a head by the angles whose cosines, then sines, are given.
 void rotate(float* head, const float* turn, int half, bool interleaved);
