@@ -24,17 +24,22 @@ class Kept:
 
     Attributes:
         layers: how many they are, L.
-        kv_heads, head_dim: G and D.
+        heads, kv_heads, head_dim: H, G and D.
         reach: what later queries need.
         piece: tokens a row that one call of the kernels takes at most; a ring has that many slots more, less
             one, so that no token takes the slot of a key that an earlier one of its call still reads.
     """
 
     layers: int
+    heads: int
     kv_heads: int
     head_dim: int
     reach: Reach
     piece: int
+
+    def of(self, layers: int) -> "Kept":
+        """The same of so many layers."""
+        return replace(self, layers=layers)
 
     def layout(self, store: Store) -> Layout:
         """Which slot a position takes."""
@@ -43,6 +48,12 @@ class Kept:
     def slots(self, store: Store, context: int) -> int:
         """Slots once `context` tokens were written, a multiple of `BLOCK`."""
         return _whole(self.layout(store).slots(context, _whole(store.capacity)))
+
+    def grown(self, cache: "Cache", context: int) -> int:
+        """Slots that a cache needs for `context` tokens."""
+        limit = cache.layout.limit
+        needed = context if limit is None else min(context, limit)
+        return cache.slots if needed <= cache.slots else _whole(cache.layout.slots(needed))
 
     def nbytes(self, rows: int, store: Store, context: int) -> int:
         """Bytes of the cache."""
