@@ -15,7 +15,12 @@ from writehead.core.pattern import Reach
 from writehead.core.state import Node, Once, apply, join, rewind, select, tensors
 
 BLOCK = 16  # slots whose keys lie side by side
-STORED = {None: torch.float32, torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int8: torch.int8}
+STORED = {
+    None: torch.float32,
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+    torch.int8: torch.int8,
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,10 @@ class Cache(Node):
         blocks = -(-self.used // BLOCK)
 
         def rows(t: Tensor) -> Tensor:
-            chosen, used = t.new_zeros(len(index), *t.shape[1:]), blocks * (t.shape[3] // (self.slots // BLOCK))
+            chosen, used = (
+                t.new_zeros(len(index), *t.shape[1:]),
+                blocks * (t.shape[3] // (self.slots // BLOCK)),
+            )
             torch.index_select(t.narrow(3, 0, used), 0, index, out=chosen.narrow(3, 0, used))
             return chosen
 
