@@ -75,7 +75,7 @@ class Case:
 
     def expected(self, layer: int) -> Tensor:
         """The definition in float64; 0 for a query that may read nothing."""
-        B, T, H, D = self.q.shape
+        H, D = self.q.shape[2:]
         k = self.k[:, layer].double().transpose(-1, -2).flatten(2, 3)  # (B, G, S, D)
         v = self.v[:, layer].double()[..., :D]
         if self.k_scale is not None and self.v_scale is not None:

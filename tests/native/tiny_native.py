@@ -18,7 +18,7 @@ from writehead.native.library import library
 from writehead.native.weights import PackedModel, pack_model
 
 sys.path.append(str(Path(__file__).parents[1] / "decode"))
-from tiny_models import CAUSAL, PROMPTS, config, decoder, spread  # noqa: E402
+from tiny_models import CAUSAL, PROMPTS, config, decoder, spread
 
 __all__ = [
     "CAUSAL",

@@ -187,8 +187,8 @@ def _reach(mixer: nn.Module, config: ModelConfig, layer: int) -> tuple[int, int]
     reach = window_and_lead(mixer.pattern)
     if reach is None:
         raise NotCoveredError(
-            f"the native engine reads all keys, a window, or a window and the first keys; layer {layer} reads "
-            f"{mixer.pattern}"
+            "the native engine reads all keys, a window, or a window and the first keys; "
+            f"layer {layer} reads {mixer.pattern}"
         )
     return reach
 

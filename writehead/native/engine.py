@@ -13,7 +13,7 @@ from writehead.core.positions import Positions
 from writehead.core.shapes import check_shape
 from writehead.native import structs
 from writehead.native.covers import Normal, outline
-from writehead.native.formats import FORMATS, LANES
+from writehead.native.formats import FORMATS, LANES, Packed
 from writehead.native.library import library
 from writehead.native.state import Cache, Kept, NativeState
 from writehead.native.weights import PackedModel
@@ -104,11 +104,11 @@ class NativeEngine:
 
     def weight_bytes(self) -> int:
         """As `Engine.weight_bytes`: tables of which only a few rows are read are left out."""
-        tables = {"embedding.position.table"} | (
-            {"embedding.table"} if not self.model.config.tie_embeddings else set()
-        )
-        held = [*self.model.matrices.items(), *self.model.vectors.items()]
-        return sum(weight.nbytes for name, weight in held if name not in tables)
+        looked_up = ["embedding.position.table"]
+        if not self.model.config.tie_embeddings:
+            looked_up.append("embedding.table")
+        held: list[tuple[str, Packed | Tensor]] = [*self.model.matrices.items(), *self.model.vectors.items()]
+        return sum(weight.nbytes for name, weight in held if name not in looked_up)
 
     def state_bytes(self, rows: int, context: int, store: Store) -> int:
         """As `Engine.state_bytes`."""

@@ -1,7 +1,7 @@
 """What the native engine remembers: keys and values laid out for its kernels, one tensor for several layers.
 
-Layers that keep the same tokens (equal reach, heads and widths) share a `Cache`, so that a model has one, or two
-where windows alternate with full attention. A slot's position decides who reads it, as in `core.cache`.
+Layers that keep the same tokens (equal reach, heads and widths) share a `Cache`, so that a model has one, or
+two where windows alternate with full attention. A slot's position decides who reads it, as in `core.cache`.
 """
 
 from collections.abc import Callable, Iterator
@@ -126,8 +126,8 @@ class Cache(Node):
         assert isinstance(other, Cache)
         if self.layout != other.layout or self.k.dtype != other.k.dtype:
             raise ValueError(
-                f"cannot join caches of different kinds: {self.layout} in {self.k.dtype} and {other.layout} in "
-                f"{other.k.dtype}"
+                "cannot join caches of different kinds: "
+                f"{self.layout} in {self.k.dtype} and {other.layout} in {other.k.dtype}"
             )
         slots = max(self.slots, other.slots)
         a, b = self.resized(slots), other.resized(slots)

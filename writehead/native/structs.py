@@ -84,5 +84,6 @@ def pointer(tensor: Tensor | None) -> int | None:
     """Where a tensor's numbers are, None for no tensor."""
     if tensor is None:
         return None
-    assert tensor.is_contiguous() and tensor.is_cpu
+    assert tensor.is_contiguous()
+    assert tensor.is_cpu
     return tensor.data_ptr()
