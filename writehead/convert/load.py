@@ -80,9 +80,8 @@ def load(
     path = find(name)
     try:
         if path.is_dir() and is_packed(path):
-            model = _unpacked(path, dtype, place, memory_bytes)
-            tokenizer = read_tokenizer(path, None)
-            return Loaded(model.eval(), tokenizer, model.config, path)
+            decoder = _unpacked(path, dtype, place, memory_bytes)
+            return Loaded(decoder.eval(), read_tokenizer(path, None), decoder.config, path)
         checkpoint, gguf = open_checkpoint(path, dtype)
         check_sizes(checkpoint)
         model = blank(checkpoint.config)

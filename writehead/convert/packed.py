@@ -46,8 +46,8 @@ def load_packed(
 ) -> LoadedPacked:
     """Load a decoder for the native engine.
 
-    Blocks of a GGUF file that a format holds as they are (Q8_0 and Q4_0 in int8; Q4_0 and Q4_1 in int4, whose tables
-    stay in their own blocks too) are not quantised anew.
+    Blocks of a GGUF file that a format holds as they are (Q8_0 and Q4_0 in int8; Q4_0 and Q4_1 in int4, whose
+    tables stay in their own blocks too) are not quantised anew.
 
     Args:
         name: as for `load`, or a folder that `save_packed` made.
@@ -63,7 +63,8 @@ def load_packed(
         model = read_packed(path)
         if format is not None and format != model.format:
             raise ValueError(
-                f"{path} is saved in {model.format}, not in {format}; leave the type away, or convert the original"
+                f"{path} is saved in {model.format}, not in {format}; leave the type away, or convert what "
+                "it was made of"
             )
         return LoadedPacked(model, read_tokenizer(path, None), path)
     try:
@@ -133,10 +134,9 @@ def _blocks(checkpoint: Checkpoint, name: str, match: Match, like: Tensor, forma
     else:
         return None
     for key, wanted in zip(keys, match.rule.form.split(like, match.heads), strict=True):
-        if theirs.file.tensors[key].shape != tuple(wanted.shape):
-            raise BadWeights(
-                f"{key!r} has shape {theirs.file.tensors[key].shape}; the config asks for {tuple(wanted.shape)}"
-            )
+        found = theirs.file.tensors[key].shape
+        if found != tuple(wanted.shape):
+            raise BadWeights(f"{key!r} has shape {found}; the config asks for {tuple(wanted.shape)}")
     # the rules of these files move rows and nothing else, so they serve rows of blocks too
     joined = (match.rule.form.join([p[i] for p in parts if p is not None], match.heads) for i in (0, 1))
     values, scales = (in_turns(checkpoint.config, name, rows) for rows in joined)

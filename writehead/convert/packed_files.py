@@ -1,4 +1,4 @@
-"""A packed model in a folder: packed.safetensors, whose tensors are used where the file is mapped, and config.json.
+"""A packed model in a folder: config.json and packed.safetensors, whose tensors are used where they lie.
 
 A matrix's data stand under its weight's name and its scales under NAME.scales. Data begin at multiples of 64
 bytes, as the vectors of the processor like it; safetensors' own writer does not see to that.
@@ -87,7 +87,7 @@ def read_packed(folder: Path) -> PackedModel:
         raise BadFile(path, str(error)) from error
     mapped = _mapped(path, header.tensors)
     matrices = {
-        name: Packed(kind, *like[name].shape, mapped[name], mapped.get(f"{name}.scales"))
+        name: Packed(kind, len(like[name]), like[name].shape[1], mapped[name], mapped.get(f"{name}.scales"))
         for name, kind in formats.items()
     }
     return PackedModel(config, format, matrices, {name: mapped[name] for name in like if name not in formats})
@@ -105,9 +105,10 @@ def _formats(like: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[s
         if is_matrix(name):
             kinds = [kind for kind in FORMATS if _fits(kind, weight, entry, scales)]
             if not kinds:
+                shapes_found = f"{entry.shape} and {scales and scales.shape}"
                 raise ValueError(
-                    f"{name} and its scales have the shapes {entry.shape} and {scales and scales.shape}; no format "
-                    f"of a matrix {tuple(weight.shape)} has these"
+                    f"{name} and its scales have the shapes {shapes_found}; no format of a matrix "
+                    f"{tuple(weight.shape)} has these"
                 )
             found[name] = kinds[0]
         elif entry.dtype != torch.float32 or entry.shape != weight.shape or scales is not None:

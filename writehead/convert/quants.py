@@ -87,7 +87,7 @@ def dequantize(raw: Tensor, kind: str, dtype: torch.dtype = torch.float32) -> Te
 
 
 def integers(raw: Tensor, kind: str, format: str) -> tuple[Tensor, Tensor] | None:
-    """Blocks as the integers and scales that `native.formats.packed` lays out, where they are exactly the same.
+    """Blocks as the integers and scales that `native.formats.packed` lays out, where these are the same.
 
     Args:
         raw: uint8, (N, bytes of one row).
@@ -135,7 +135,7 @@ def _split(blocks: Tensor, parts: int) -> Tensor:
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    return _fields(packed, 4).flatten(-2)
+    return torch.cat([packed & 15, packed >> 4], -1)
 
 
 def _fifth_bits(packed: Tensor) -> Tensor:
