@@ -10,7 +10,7 @@ def quantised(x: Tensor) -> Tensor:
     """Rows (B, K) of float32 as the int8 values and the scale of each group of 32 say them, in float64."""
     groups = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     top = groups.abs().amax(-1, keepdim=True)
-    inverse = torch.where(top > 0, 127 / top, 0)
+    inverse = torch.where(top > 1e-36, torch.full_like(top, 127) / top, 0)  # 127 / top would round twice
     values = (groups * inverse).round()  # halves go to the even number, as the processor rounds
     return (values.double() * (top / 127).double()).flatten(1)[:, : x.shape[1]]
 

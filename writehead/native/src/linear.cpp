@@ -1,99 +1,233 @@
 #include "linear.h"
 
-#include <cmath>
+#include <algorithm>
+#include <array>
+#include <utility>
 
-#include "vec.h"
+#include "tiles.h"
 
 namespace wh {
 
 namespace {
 
-struct Quantised {  // one group of 32 activations of one row
-    float scale;
-    int32_t sum;
-    int8_t values[kGroup];
-};
+// The largest tiles whose sums fit into the registers, and the panels of x that fit into the caches.
+#if defined(__AVX512F__)
+constexpr int kFloatRows = 12, kByteRows = 6, kBlocks = 2;
+#elif defined(__AVX2__)
+constexpr int kFloatRows = 6, kByteRows = 2, kBlocks = 1;
+#else
+constexpr int kFloatRows = 3, kByteRows = 1, kBlocks = 1;
+#endif
+constexpr int kPanel = 256;  // inputs of a float panel
 
 bool in_bytes(const wh_matrix& w) { return w.format == WH_INT8 || w.format == WH_INT4; }
+
+int padded(const wh_matrix& w) { return round_up(w.k, kGroup); }
+
+// Rows of x in tiles of nearly equal height.
+struct Tiles {
+    int rows, count;
+
+    Tiles(const wh_matrix& w, int rows) : rows(rows) {
+        const int most = in_bytes(w) ? kByteRows : kFloatRows;
+        count = (rows + most - 1) / most;
+    }
+    int begin(int tile) const { return static_cast<int>(static_cast<long>(rows) * tile / count); }
+    int of(int row) const { return static_cast<int>(((row + 1L) * count - 1) / rows); }
+};
+
+// Bytes of one quantised row: its values, then scale, taken and sum of each group.
+size_t row_bytes(const wh_matrix& w) { return padded(w) + 12 * static_cast<size_t>(padded(w) / kGroup); }
+
+Quantised quantised(const wh_matrix& w, const void* scratch, int first, int rows, int group) {
+    const size_t k = padded(w), groups = k / kGroup;
+    const char* base = static_cast<const char*>(scratch) + first * row_bytes(w);
+    const char* scales = base + k * rows;
+    const size_t each = 4 * groups * rows, at = static_cast<size_t>(group) * rows;
+    return {reinterpret_cast<const int32_t*>(base) + at * kUnits, reinterpret_cast<const float*>(scales) + at,
+            reinterpret_cast<const int32_t*>(scales + each) + at,
+            reinterpret_cast<const float*>(scales + 2 * each) + at};
+}
+
+// Quantises 32 activations: 8 units of four signed bytes, the scale and the sum of the values.
+void quantise_group(const float* x, int32_t (&units)[kUnits], float& scale, int32_t& sum) {
+    constexpr int V = kGroup / kLanes;
+    vec inputs[V];
+    ivec largest = {};
+    for (int v = 0; v < V; v++) {
+        inputs[v] = load(x + v * kLanes);
+        const ivec magnitude = as_int(inputs[v]) & 0x7fffffff;  // as integers a NaN is the largest of all
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    const int32_t bits = reduce_max(largest);
+    float most;
+    std::memcpy(&most, &bits, 4);
+    scale = most / 127;
+    const vec inverse = splat(most > 1e-36f ? 127 / most : 0);
+    ivec total = {};
+    for (int v = 0; v < V; v++) {
+        const ivec values = round_to_int(inputs[v] * inverse);
+        const quarter bytes = __builtin_convertvector(values, quarter);
+        total += values;
+        std::memcpy(reinterpret_cast<char*>(units) + v * kLanes, &bytes, sizeof bytes);
+    }
+    sum = reduce_add(total);
+}
+
+void quantise_row(const wh_matrix& w, const float* x, const Quantised& to, int rows, int row) {
+    int32_t* values = const_cast<int32_t*>(to.values) + row;
+    const auto put = [&](int g, const float* from) {
+        int32_t units[kUnits], sum;
+        float scale;
+        quantise_group(from, units, scale, sum);
+        for (int j = 0; j < kUnits; j++) values[(static_cast<size_t>(g) * kUnits + j) * rows] = units[j];
+        const_cast<float*>(to.scales)[g * rows + row] = scale;
+        const_cast<int32_t*>(to.taken)[g * rows + row] = (kTaken - 128) * sum;
+        const_cast<float*>(to.sums)[g * rows + row] = scale * static_cast<float>(sum);
+    };
+    const int whole = w.k / kGroup;
+    for (int g = 0; g < whole; g++) put(g, x + g * kGroup);
+    if (w.k % kGroup) {
+        float last[kGroup] = {};
+        std::copy(x + whole * kGroup, x + w.k, last);
+        put(whole, last);
+    }
+}
+
+template <class T>
+using FloatTile = void (*)(const T*, size_t, const float*, int, const Output&);
+using ByteTile = void (*)(const uint8_t*, size_t, const uint16_t*, size_t, const Quantised&, int, const Output&);
+
+template <class T, int B, size_t... R>
+constexpr std::array<FloatTile<T>, sizeof...(R)> float_tiles(std::index_sequence<R...>) {
+    return {float_tile<T, static_cast<int>(R) + 1, B>...};
+}
+template <Bytes F, int B, size_t... R>
+constexpr std::array<ByteTile, sizeof...(R)> byte_tiles(std::index_sequence<R...>) {
+    return {byte_tile<F, static_cast<int>(R) + 1, B>...};
+}
+
+template <class T>
+void multiply_float(const wh_matrix& w, const T* data, const float* x, int rows, int n0, int n1, Output out) {
+    static constexpr auto narrow = float_tiles<T, 1>(std::make_index_sequence<kFloatRows>());
+    static constexpr auto wide = float_tiles<T, kBlocks>(std::make_index_sequence<kFloatRows>());
+    const Tiles tiles(w, rows);
+    const size_t stride = static_cast<size_t>(padded(w)) * kBlock;
+    const int blocks = rows < 4 ? 1 : kBlocks, panel = tiles.count > 1 ? kPanel : w.k;
+    float* const y = out.y;
+    for (int k = 0; k < w.k; k += panel) {
+        for (int n = n0; n < n1;) {
+            const int fit = std::min(blocks, (n1 - n + kBlock - 1) / kBlock);
+            out.n = std::min(fit * kBlock, n1 - n);
+            out.bias = w.bias && k == 0 ? w.bias + n : nullptr;
+            for (int tile = 0; tile < tiles.count; tile++) {
+                const int first = tiles.begin(tile), height = tiles.begin(tile + 1) - first;
+                const float* inputs = x + static_cast<size_t>(first) * w.k + static_cast<size_t>(k) * height;
+                out.y = y + first * out.ldy + n;
+                (fit == kBlocks ? wide : narrow)[height - 1](data + n / kBlock * stride + static_cast<size_t>(k) * kBlock,
+                                                             stride, inputs, std::min(panel, w.k - k), out);
+            }
+            n += fit * kBlock;
+        }
+        out.add = true;
+    }
+}
+
+template <Bytes F>
+void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, int n0, int n1, Output out) {
+    static constexpr auto narrow = byte_tiles<F, 1>(std::make_index_sequence<kByteRows>());
+    static constexpr auto wide = byte_tiles<F, kBlocks>(std::make_index_sequence<kByteRows>());
+    const Tiles tiles(w, rows);
+    const int groups = padded(w) / kGroup;
+    const size_t stride = static_cast<size_t>(groups) * kGroup * kBlock / (F == kInt4 ? 2 : 1);
+    const size_t scale_stride = static_cast<size_t>(groups) * kBlock * (F == kInt8 ? 1 : 2);
+    const int blocks = rows < 2 ? 1 : kBlocks;
+    float* const y = out.y;
+    for (int n = n0; n < n1;) {
+        const int fit = std::min(blocks, (n1 - n + kBlock - 1) / kBlock);
+        out.n = std::min(fit * kBlock, n1 - n);
+        out.bias = w.bias ? w.bias + n : nullptr;
+        for (int tile = 0; tile < tiles.count; tile++) {
+            const int first = tiles.begin(tile), height = tiles.begin(tile + 1) - first;
+            out.y = y + first * out.ldy + n;
+            (fit == kBlocks ? wide : narrow)[height - 1](
+                static_cast<const uint8_t*>(w.data) + n / kBlock * stride, stride,
+                static_cast<const uint16_t*>(w.scales) + n / kBlock * scale_stride, scale_stride,
+                quantised(w, scratch, first, height, 0), groups, out);
+        }
+        n += fit * kBlock;
+    }
+}
+
+float half_to_float(const uint16_t* from) {
+    uint16_t lanes[kLanes] = {*from};
+    return load_f16(lanes)[0];
+}
 
 }  // namespace
 
 size_t prepared_bytes(const wh_matrix& w, int rows) {
-    return in_bytes(w) ? sizeof(Quantised) * rows * (round_up(w.k, kGroup) / kGroup) : 0;
+    if (in_bytes(w)) return row_bytes(w) * rows;
+    return rows > 1 ? sizeof(float) * w.k * rows : 0;
 }
 
-void prepare(const wh_matrix& w, const float* x, int ldx, int first, int last, int, void* scratch) {
-    if (!in_bytes(w)) return;
-    const int groups = round_up(w.k, kGroup) / kGroup;
+void prepare(const wh_matrix& w, const float* x, int ldx, int first, int last, int rows, void* scratch) {
+    const Tiles tiles(w, rows);
     for (int row = first; row < last; row++) {
-        for (int g = 0; g < groups; g++) {
-            Quantised& q = static_cast<Quantised*>(scratch)[static_cast<size_t>(row) * groups + g];
-            const float* from = x + static_cast<size_t>(row) * ldx + g * kGroup;
-            const int n = w.k - g * kGroup < kGroup ? w.k - g * kGroup : kGroup;
-            float largest = 0;
-            for (int i = 0; i < n; i++) largest = std::fmax(largest, std::fabs(from[i]));
-            q.scale = largest / 127;
-            q.sum = 0;
-            for (int i = 0; i < kGroup; i++) {
-                q.values[i] = i < n && largest > 0 ? static_cast<int8_t>(std::nearbyint(from[i] * (127 / largest))) : 0;
-                q.sum += q.values[i];
-            }
+        const float* from = x + static_cast<size_t>(row) * ldx;
+        const int tile = tiles.of(row), begin = tiles.begin(tile), height = tiles.begin(tile + 1) - begin;
+        if (in_bytes(w)) {
+            quantise_row(w, from, quantised(w, scratch, begin, height, 0), height, row - begin);
+        } else if (rows > 1) {
+            float* to = static_cast<float*>(scratch) + static_cast<size_t>(begin) * w.k + (row - begin);
+            for (int k = 0; k < w.k; k++) to[static_cast<size_t>(k) * height] = from[k];
         }
     }
 }
 
+void multiply(const wh_matrix& w, const float* x, int, const void* scratch, int rows, int n0, int n1, float* y,
+              int ldy, bool add) {
+    const Output out{y, static_cast<size_t>(ldy), nullptr, add, 0};
+    const float* inputs = rows > 1 ? static_cast<const float*>(scratch) : x;
+    switch (w.format) {
+        case WH_FLOAT32:
+            return multiply_float(w, static_cast<const float*>(w.data), inputs, rows, n0, n1, out);
+        case WH_BFLOAT16:
+            return multiply_float(w, static_cast<const uint16_t*>(w.data), inputs, rows, n0, n1, out);
+        case WH_INT8:
+            return multiply_bytes<kInt8>(w, scratch, rows, n0, n1, out);
+        default:
+            return multiply_bytes<kInt4>(w, scratch, rows, n0, n1, out);
+    }
+}
+
+int piece_outputs(const wh_matrix& w, int) {
+    const int bits = w.format == WH_FLOAT32 ? 32 : w.format == WH_BFLOAT16 ? 16 : w.format == WH_INT8 ? 9 : 5;
+    return round_up(static_cast<int>(8L * 64 * 1024 / (static_cast<long>(bits) * padded(w) + 1)) + 1, 32);
+}
+
 void weight_row(const wh_matrix& w, int n, float* out) {
-    const size_t groups = round_up(w.k, kGroup) / kGroup, block = n / kBlock, lane = n % kBlock;
+    const size_t groups = padded(w) / kGroup, block = n / kBlock, lane = n % kBlock;
     const uint8_t* bytes = static_cast<const uint8_t*>(w.data);
+    const uint16_t* scales = static_cast<const uint16_t*>(w.scales);
     for (int k = 0; k < w.k; k++) {
-        const size_t g = k / kGroup, i = k % kGroup;
-        const size_t at = (block * groups * kGroup + k) * kBlock + lane;
-        float scale[kLanes];
+        const size_t group = block * groups + k / kGroup, i = k % kGroup;
+        const size_t at = (group * kGroup + i) * kBlock + lane;
         if (w.format == WH_FLOAT32) {
             out[k] = static_cast<const float*>(w.data)[at];
         } else if (w.format == WH_BFLOAT16) {
             const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(w.data)[at]) << 16;
             std::memcpy(out + k, &bits, 4);
         } else if (w.format == WH_INT8) {
-            const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + (block * groups + g) * kBlock;
-            store(scale, load_f16(scales + lane / kLanes * kLanes));
-            const int u = bytes[((block * groups + g) * 8 + i / 4) * 64 + lane * 4 + i % 4];
-            out[k] = scale[lane % kLanes] * static_cast<float>(u - 128);
+            const int byte = bytes[(group * kUnits + i / 4) * 4 * kBlock + lane * 4 + i % 4];
+            out[k] = half_to_float(scales + group * kBlock + lane) * static_cast<float>(byte - 128);
         } else {
-            const uint16_t* scales = static_cast<const uint16_t*>(w.scales) + (block * groups + g) * 2 * kBlock;
-            store(scale, load_f16(scales + lane / kLanes * kLanes));
-            const int u = bytes[((block * groups + g) * 4 + i % 16 / 4) * 64 + lane * 4 + i % 4];
-            const float scaled = scale[lane % kLanes] * static_cast<float>(i < 16 ? u & 15 : u >> 4);
-            store(scale, load_f16(scales + kBlock + lane / kLanes * kLanes));
-            out[k] = scaled + scale[lane % kLanes];
+            const int byte = bytes[(group * kUnits / 2 + i % 16 / 4) * 4 * kBlock + lane * 4 + i % 4];
+            const uint16_t* scale = scales + group * 2 * kBlock + lane;
+            out[k] = half_to_float(scale) * static_cast<float>(i < 16 ? byte & 15 : byte >> 4) +
+                     half_to_float(scale + kBlock);
         }
     }
-}
-
-// PLACEHOLDER until the kernels land: right, and slow.
-void multiply(const wh_matrix& w, const float* x, int ldx, const void* scratch, int rows, int n0, int n1,
-              float* y, int ldy, bool add) {
-    const int groups = round_up(w.k, kGroup) / kGroup;
-    float* weights = new float[groups * kGroup];
-    for (int n = n0; n < n1; n++) {
-        weight_row(w, n, weights);
-        for (int row = 0; row < rows; row++) {
-            float sum = w.bias ? w.bias[n] : 0;
-            for (int k = 0; k < w.k; k++) {
-                const Quantised* q = static_cast<const Quantised*>(scratch) + static_cast<size_t>(row) * groups;
-                sum += weights[k] * (in_bytes(w) ? q[k / kGroup].scale * q[k / kGroup].values[k % kGroup]
-                                                 : x[static_cast<size_t>(row) * ldx + k]);
-            }
-            float& to = y[static_cast<size_t>(row) * ldy + n];
-            to = (add ? to : 0) + sum;
-        }
-    }
-    delete[] weights;
-}
-
-int piece_outputs(const wh_matrix& w, int) {
-    const int bytes = w.format == WH_FLOAT32 ? 4 * w.k : w.format == WH_BFLOAT16 ? 2 * w.k : w.k;
-    return round_up(64 * 1024 / (bytes + 1) + 1, 32);
 }
 
 }  // namespace wh

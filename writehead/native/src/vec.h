@@ -7,6 +7,15 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+// Loops over the registers of a tile, whose bounds are constants.
+#if defined(__clang__)
+#define WH_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define WH_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace wh {
@@ -26,6 +35,7 @@ typedef int16_t svec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t wvec __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t bvec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t half __attribute__((vector_size(2 * kLanes)));
+typedef int8_t quarter __attribute__((vector_size(kLanes)));
 
 template <class V, class T>
 inline V load_as(const T* from) {
@@ -38,7 +48,20 @@ inline vec load(const float* from) { return load_as<vec>(from); }
 inline void store(float* to, vec v) { std::memcpy(to, &v, sizeof v); }
 inline vec splat(float x) { return x - vec{}; }
 inline ivec splat_int(int32_t x) { return x - ivec{}; }
-inline vec fma(vec a, vec b, vec c) { return a * b + c; }  // -ffp-contract=fast makes it one instruction
+
+// One instruction where there is one. Other products and sums are never fused: a quantised value must not depend on it.
+inline vec fma(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 inline vec min(vec a, vec b) { return a < b ? a : b; }
 inline vec as_float(ivec v) { return (vec)v; }
@@ -78,29 +101,33 @@ inline vec load_f16(const uint16_t* from) {
 #endif
 }
 
+#if defined(__AVX512F__)
+inline float reduce_add(vec v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float reduce_max(vec v) { return _mm512_reduce_max_ps((__m512)v); }
+inline int32_t reduce_add(ivec v) { return _mm512_reduce_add_epi32((__m512i)v); }
+inline int32_t reduce_max(ivec v) { return _mm512_reduce_max_epi32((__m512i)v); }
+#else
 inline float reduce_add(vec v) {
-    float sum = 0;
-    for (int i = 0; i < kLanes; i++) sum += v[i];
+    float sum = v[0];
+    for (int i = 1; i < kLanes; i++) sum += v[i];
     return sum;
 }
-
-inline int32_t reduce_add(ivec v) {
-    int32_t sum = 0;
-    for (int i = 0; i < kLanes; i++) sum += v[i];
-    return sum;
-}
-
-inline int32_t reduce_max(ivec v) {
-    int32_t best = v[0];
-    for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
-    return best;
-}
-
 inline float reduce_max(vec v) {
     float best = v[0];
     for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
     return best;
 }
+inline int32_t reduce_add(ivec v) {
+    int32_t sum = v[0];
+    for (int i = 1; i < kLanes; i++) sum += v[i];
+    return sum;
+}
+inline int32_t reduce_max(ivec v) {
+    int32_t best = v[0];
+    for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
+    return best;
+}
+#endif
 
 // e^x to two units in the last place; 0 below -87.3 (so of -infinity too), infinity above 88.7.
 inline vec exp(vec x) {
