@@ -2,29 +2,14 @@
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 from writehead.core import system
 from writehead.native.build import FOLDER, instruction_sets
+from writehead.native.structs import Cache, Call, Matrix, Model
 
 VERSION = 1
 NEEDS = {"avx512": ("avx512f", "avx512_vnni"), "avx2": ("avx2",), "neon": (), "portable": ()}
-FORMATS = ("float32", "bfloat16", "int8", "int4")
-
-
-class Matrix(ctypes.Structure):
-    """`wh_matrix` of writehead.h."""
-
-    _fields_: ClassVar[Sequence[tuple[str, type]]] = [
-        ("format", ctypes.c_int32),
-        ("n", ctypes.c_int32),
-        ("k", ctypes.c_int32),
-        ("data", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-    ]
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -42,13 +27,20 @@ def load(path: Path) -> ctypes.CDLL:
     library.wh_team_create.argtypes = [ctypes.c_int32]
     library.wh_team_free.restype = None
     library.wh_team_free.argtypes = [ctypes.c_void_p]
-    library.wh_linear.restype = ctypes.c_int32
-    library.wh_linear.argtypes = [
-        ctypes.c_void_p,
-        ctypes.POINTER(Matrix),
-        ctypes.c_void_p,
-        ctypes.c_int32,
-        ctypes.c_void_p,
+    where, number, real = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
+    pointer = ctypes.POINTER
+    library.wh_linear.restype = number
+    library.wh_linear.argtypes = [where, pointer(Matrix), where, number, where]
+    library.wh_engine_create.restype = where
+    library.wh_engine_create.argtypes = [pointer(Model), number]
+    library.wh_engine_free.restype = None
+    library.wh_engine_free.argtypes = [where]
+    library.wh_step.restype = number
+    library.wh_step.argtypes = [where, pointer(Call)]
+    library.wh_attend.restype = number
+    library.wh_attend.argtypes = [
+        *(where, pointer(Cache), number, number, number, where, where),
+        *(real, number, number, where, where),
     ]
     return library
 
