@@ -14,7 +14,7 @@ PARTS = runpy.run_path(str(Path(__file__).parent / "writehead" / "native" / "bui
 
 
 class BuildPy(build_py):
-    """Compiles once the Python files are in place; an editable installation has its libraries in the source."""
+    """Compiles once the Python files are there; an editable installation has its libraries in the source."""
 
     def run(self) -> None:
         super().run()
