@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import writehead.engines
+import writehead.native.library
 from writehead.config import ModelConfig
 from writehead.convert.load import load, save
 from writehead.convert.packed import load_packed, save_packed
@@ -18,7 +19,7 @@ from writehead.engines import open_engine
 from writehead.model.decoder import Decoder
 from writehead.model.encoder import Encoder
 from writehead.native.engine import NativeEngine
-from writehead.native.library import folder, library, runnable
+from writehead.native.library import library, runnable
 
 NATIVE = pytest.mark.skipif(library()[0] is None, reason=f"no native engine: {library()[1]}")
 T5 = {"name": "t5"}  # positions that the native engine has no kernels for
@@ -76,7 +77,6 @@ def test_a_packed_folder_opens_in_its_own_type(saved: Any, tmp_path: Path) -> No
     ("values", "why"),
     [
         ({"engine": "torch"}, "it was asked for"),
-        ({"compile": True}, "compiling is for the PyTorch engine"),
         ({"cache_dtype": torch.float16}, "it keeps caches in float32, bfloat16 or int8, not in float16"),
     ],
 )
@@ -89,6 +89,14 @@ def test_what_the_native_engine_cannot_do_goes_to_pytorch_and_is_said(
     if "engine" not in values:
         with pytest.raises(ValueError, match=f"the native engine cannot be used: {why}; use engine='torch'"):
             open_engine(saved(), **values, engine="native")
+
+
+@NATIVE
+def test_compiling_and_the_native_engine_exclude_each_other(saved: Any) -> None:
+    with pytest.raises(
+        ValueError, match="the native engine cannot be used: compiling is for the PyTorch engine"
+    ):
+        open_engine(saved(), compile=True, engine="native")
 
 
 @NATIVE
@@ -123,8 +131,7 @@ def test_without_a_library_pytorch_computes_with_the_numbers_of_the_integers(
 def test_a_missing_library_is_explained_with_what_makes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WRITEHEAD_NATIVE", str(tmp_path))
-    assert folder() == tmp_path
+    monkeypatch.setattr(writehead.native.library, "FOLDER", tmp_path)
     found, why = library.__wrapped__()
     assert found is None
     assert why == (
@@ -134,7 +141,7 @@ def test_a_missing_library_is_explained_with_what_makes_it(
 
 
 def test_a_library_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WRITEHEAD_NATIVE", str(tmp_path))
+    monkeypatch.setattr(writehead.native.library, "FOLDER", tmp_path)
     (tmp_path / f"libwritehead_{runnable()[0]}.so").write_bytes(b"no library")
     found, why = library.__wrapped__()
     assert found is None
