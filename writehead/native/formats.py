@@ -8,6 +8,7 @@ a multiple of 32. The bytes are the same for every processor. Integers share a s
     int4    w = scale * q + minimum    as GGUF's Q4_1, and its Q4_0 with minimum = -8 scale
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,7 @@ def pack(weight: Tensor, format: str) -> Packed:
             return pack(weight, "bfloat16")
         return packed(format, n, k, *(_int8 if format == "int8" else _int4)(weight))
     dtype = torch.float32 if format == "float32" else torch.bfloat16
-    panels = F.pad(weight.to(dtype), (0, -k % GROUP, 0, -n % LANES)).unflatten(0, (-1, LANES))
+    panels = padded(weight.to(dtype), (0, -k % GROUP, 0, -n % LANES)).unflatten(0, (-1, LANES))
     return Packed(format, n, k, panels.transpose(1, 2).contiguous())
 
 
@@ -101,9 +102,9 @@ def packed(format: str, n: int, k: int, values: Tensor, scales: Tensor) -> Packe
         values = values.view(torch.uint8) ^ 128
     lanes = -len(values) % LANES
     fours = values.reshape(len(values), -1).view(torch.int32)
-    fours = F.pad(fours, (0, 0, 0, lanes)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+    fours = padded(fours, (0, 0, 0, lanes)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
     groups = scales.reshape(len(scales), -1)
-    groups = F.pad(groups, (0, 0, 0, lanes)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+    groups = padded(groups, (0, 0, 0, lanes)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
     data, scaled = shapes(format, n, k)
     assert scaled is not None
     return Packed(format, n, k, fours.view(torch.uint8).reshape(data), groups.reshape(scaled))
@@ -125,6 +126,11 @@ def unpack(matrix: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     values = torch.cat([bytes & 15, bytes >> 4], -1).to(wide)
     scale, least = matrix.scales.permute(2, 0, 3, 1).flatten(1, 2).to(wide).unbind(0)
     return (values * scale[..., None] + least[..., None]).flatten(1)[:n, :k].to(dtype)
+
+
+def padded(rows: Tensor, padding: Sequence[int], mode: str = "constant") -> Tensor:
+    """As torch's `pad`, but without a copy where nothing is added."""
+    return F.pad(rows, list(padding), mode=mode) if any(padding) else rows
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +170,7 @@ def _pieces(weight: Tensor) -> list[slice]:
 def _grouped(rows: Tensor, padding: str) -> Tensor:
     """Rows as groups (N, K/32, 32) of float32 in new memory; the padding widens no group's range."""
     wide = rows.to(torch.float32, copy=True)
-    groups: Tensor = F.pad(wide, (0, -rows.shape[1] % GROUP), mode=padding).unflatten(1, (-1, GROUP))
+    groups: Tensor = padded(wide, (0, -rows.shape[1] % GROUP), padding).unflatten(1, (-1, GROUP))
     return groups
 
 

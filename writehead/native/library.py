@@ -62,4 +62,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
                 return load(path), name
             except OSError as problem:
                 return None, str(problem)
-    return None, f"no native library was built for {' or '.join(names)}; run python -m writehead.native.build"
+    return None, (
+        f"{FOLDER} has no library for {' or '.join(names)}; with a C++ compiler installed, run "
+        "python -m writehead.native.build"
+    )

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from writehead.catalog import FEEDFORWARDS, argument
 from writehead.config import ModelConfig
 from writehead.core.shapes import check_choice
 from writehead.model.decoder import Decoder
 from writehead.model.parts import weights
-from writehead.native.formats import FORMATS, LANES, Packed, pack, unpack
+from writehead.native.formats import FORMATS, LANES, Packed, pack, padded, unpack
 
 TABLES = ("embedding.table", "embedding.output")
 MATRIX = re.compile(r"stack\.blocks\.\d+\.(mixer\.(qkv|out)|feedforward\.(dense\.)?(inner|outer))\.weight")
@@ -112,7 +111,7 @@ def in_turns(config: ModelConfig, name: str, rows: Tensor) -> Tensor:
         return rows
     halves = rows.unflatten(0, (2, hidden))
     padding = [0, 0] * (rows.dim() - 1) + [0, -hidden % LANES]
-    turns: Tensor = F.pad(halves, padding).unflatten(1, (-1, LANES)).transpose(0, 1).flatten(0, 2)
+    turns: Tensor = padded(halves, padding).unflatten(1, (-1, LANES)).transpose(0, 1).flatten(0, 2)
     return turns
 
 

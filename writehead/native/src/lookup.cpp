@@ -64,7 +64,8 @@ void Lookup::read_part(const Part& part, int head, int split, const Look& look, 
         const int token = part.token + (part.first + r) / group_;
         const int query_head = head * group_ + (part.first + r) % group_;
         const float* from = q + static_cast<size_t>(token) * apart + query_head * D;
-        for (int d = 0; d < D; d++) scratch[r * D + d] = from[d] * look.scale;
+        float* to = scratch + r / kQueryRows * kQueryRows * D + r % kQueryRows;
+        for (int d = 0; d < D; d++) to[d * kQueryRows] = from[d] * look.scale;
         pos[r] = tokens_[token].pos;
         if (look.slopes) slope[r] = look.slopes[query_head];
     }

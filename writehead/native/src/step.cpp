@@ -173,7 +173,12 @@ void wh_engine::attend(const wh_layer& layer, const wh_call& call) {
     multiply(layer.qkv, in, count(), qkv[0], qkv.apart, false, nothing);
     if (model.parallel) feed_inner(layer);
     const int heads = call.caches[layer.cache].kv_heads;
-    team.share(count() * heads, [&](int i) { place(i / heads, i % heads, layer, call); });
+    const auto place_one = [&](int i) { place(i / heads, i % heads, layer, call); };
+    if (count() <= kAlone) {
+        for (int i = 0; i < count() * heads; i++) place_one(i);
+    } else {
+        team.share(count() * heads, place_one);
+    }
     wh::Lookup& lookup = lookups[layer.cache];
     lookup.read(team, {layer.layer, {layer.window, layer.lead}, layer.scale, model.slopes}, qkv[0], qkv.apart);
     const Input y = fill(layer.out, count(), [&](int row, float* to) { lookup.collect(row, to); });
