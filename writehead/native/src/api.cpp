@@ -34,14 +34,10 @@ int32_t wh_linear(wh_team* team, const wh_matrix* w, const float* x, int32_t row
     }
     void* scratch = team->scratch.data();
     const int piece = wh::piece_outputs(*w, rows), pieces = (w->n + piece - 1) / piece;
-    team->team.run([&](wh::Worker& worker) {
-        if (needed) {
-            worker.share(rows, [&](int row) { wh::prepare(*w, x, w->k, row, row + 1, rows, scratch); });
-        }
-        worker.share(pieces, [&](int i) {
-            const int n0 = i * piece, n1 = n0 + piece < w->n ? n0 + piece : w->n;
-            wh::multiply(*w, x, w->k, scratch, rows, n0, n1, y, w->n, false);
-        });
+    if (needed) team->team.share(rows, [&](int row) { wh::prepare(*w, x, w->k, row, row + 1, rows, scratch); });
+    team->team.share(pieces, [&](int i) {
+        const int n0 = i * piece, n1 = n0 + piece < w->n ? n0 + piece : w->n;
+        wh::multiply(*w, x, w->k, scratch, rows, n0, n1, y, w->n, false);
     });
     return 0;
 }
@@ -56,9 +52,7 @@ int32_t wh_attend(wh_team* team, const wh_cache* cache, int32_t layer, int32_t r
     } catch (...) {
         return -1;
     }
-    team->team.run([&](wh::Worker& worker) {
-        team->lookup.read(worker, {layer, {window, lead}, scale, slopes}, q, apart);
-        worker.share(rows * tokens, [&](int i) { team->lookup.collect(i, y + static_cast<size_t>(i) * apart); });
-    });
+    team->lookup.read(team->team, {layer, {window, lead}, scale, slopes}, q, apart);
+    team->team.share(rows * tokens, [&](int i) { team->lookup.collect(i, y + static_cast<size_t>(i) * apart); });
     return 0;
 }

@@ -16,91 +16,121 @@ namespace {
 constexpr int kBlocks = 4;                    // of keys whose scores stand together
 constexpr int kSpan = kBlocks * kBlock;       // scores of a row at a time
 constexpr int kPer = kBlock / kLanes;         // vectors of a block
-constexpr int kRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 3;  // of queries whose sums stay in registers
 constexpr int kSums = kLanes == 16 ? 24 : 12;                  // registers for sums of values
+
+template <class T>
+constexpr int kPerLine = 64 / (kLanes * sizeof(T)) < 1 ? 1 : 64 / (kLanes * sizeof(T));  // vectors of a cache line
 
 constexpr int blocks_at_once(int rows) { return kLanes == 16 ? (rows <= 4 ? 4 : 2) : kLanes == 8 && rows <= 3 ? 2 : 1; }
 
 inline vec widen(const float* from) { return load(from); }
 inline vec widen(const uint16_t* from) { return load_bf16(from); }
 inline vec widen(const int8_t* from) {
-    typedef int8_t bytes __attribute__((vector_size(kLanes)));
-    return to_float(__builtin_convertvector(load_as<bytes>(from), ivec));
+#if defined(__AVX512F__)
+    return to_float((ivec)_mm512_cvtepi8_epi32(load_as<__m128i>(from)));
+#elif defined(__AVX2__)
+    return to_float((ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+    return to_float(__builtin_convertvector(load_as<quarter>(from), ivec));
+#endif
 }
 
-// Scores of ROWS queries and BLOCKS blocks.
+// e^x for x <= 0 to two units in the last place; 0 below -87.
+inline vec exp_below(vec x) {
+    const vec low = splat(-87.0f);
+    const vec bounded = max(x, low);
+    const ivec n = round_to_int(bounded * splat(1.44269504f));
+    const vec whole = to_float(n);
+    const vec r = fma(whole, splat(2.12194440e-4f), fma(whole, splat(-0.693359375f), bounded));
+    vec p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p * r, r, r) + splat(1.0f);
+    return x < low ? vec{} : p * as_float((n + 127) << 23);
+}
+
+// Scores of ROWS queries and BLOCKS blocks; what lies `ahead` is fetched meanwhile.
 template <int ROWS, int BLOCKS, class T>
-void score(const float* q, int dim, const T* const* k, float* s) {
+void score(const float* q, int dim, const T* const* k, size_t ahead, float* s) {
     vec sums[ROWS][BLOCKS * kPer] = {};
     for (int d = 0; d < dim; d++) {
         vec key[BLOCKS * kPer];
-        for (int b = 0; b < BLOCKS; b++)
-            for (int i = 0; i < kPer; i++) key[b * kPer + i] = widen(k[b] + d * kBlock + i * kLanes);
-        for (int r = 0; r < ROWS; r++) {
-            const vec x = splat(q[r * dim + d]);
-            for (int j = 0; j < BLOCKS * kPer; j++) sums[r][j] = fma(x, key[j], sums[r][j]);
+        WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++)
+            key[j] = widen(k[j / kPer] + d * kBlock + j % kPer * kLanes);
+        WH_UNROLL for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(k[b] + d * kBlock + ahead, 0, 2);
+        WH_UNROLL for (int r = 0; r < ROWS; r++) {
+            const vec x = splat(q[d * kQueryRows + r]);
+            WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) sums[r][j] = fma(x, key[j], sums[r][j]);
         }
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int j = 0; j < BLOCKS * kPer; j++) store(s + r * kSpan + j * kLanes, sums[r][j]);
+    WH_UNROLL for (int r = 0; r < ROWS; r++)
+        WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) store(s + r * kSpan + j * kLanes, sums[r][j]);
 }
 
 template <int ROWS, class T>
-void score_rows(const float* q, int dim, int rows, const T* const* k, int blocks, float* s) {
+void score_rows(const float* q, int dim, int rows, const T* const* k, int blocks, size_t ahead, float* s) {
     if constexpr (ROWS > 0) {
-        if (rows < ROWS) return score_rows<ROWS - 1>(q, dim, rows, k, blocks, s);
+        if (rows < ROWS) return score_rows<ROWS - 1>(q, dim, rows, k, blocks, ahead, s);
         constexpr int kAtOnce = blocks_at_once(ROWS);
         // blocks beyond the last are copies of it, whose scores nobody reads
-        for (int b = 0; b < blocks; b += kAtOnce) score<ROWS, kAtOnce>(q, dim, k + b, s + b * kBlock);
+        for (int b = 0; b < blocks; b += kAtOnce) score<ROWS, kAtOnce>(q, dim, k + b, ahead, s + b * kBlock);
     }
 }
 
 // Adds the values of `blocks` blocks, weighted by w, to COLS vectors of ROWS sums.
 template <int ROWS, int COLS, class T>
-void add_values(const float* w, const T* const* v, int wide, int blocks, float* y) {
+void add_values(const float* w, const T* const* v, int wide, int blocks, size_t ahead, float* y) {
     vec sums[ROWS][COLS];
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < COLS; c++) sums[r][c] = load(y + r * wide + c * kLanes);
+    WH_UNROLL for (int r = 0; r < ROWS; r++)
+        WH_UNROLL for (int c = 0; c < COLS; c++) sums[r][c] = load(y + r * wide + c * kLanes);
     for (int b = 0; b < blocks; b++) {
         for (int key = 0; key < kBlock; key++) {
             vec value[COLS];
-            for (int c = 0; c < COLS; c++) value[c] = widen(v[b] + key * wide + c * kLanes);
-            for (int r = 0; r < ROWS; r++) {
+            WH_UNROLL for (int c = 0; c < COLS; c++) value[c] = widen(v[b] + key * wide + c * kLanes);
+            WH_UNROLL for (int c = 0; c < COLS; c += kPerLine<T>) {
+                __builtin_prefetch(v[b] + key * wide + c * kLanes + ahead, 0, 2);
+            }
+            WH_UNROLL for (int r = 0; r < ROWS; r++) {
                 const vec x = splat(w[r * kSpan + b * kBlock + key]);
-                for (int c = 0; c < COLS; c++) sums[r][c] = fma(x, value[c], sums[r][c]);
+                WH_UNROLL for (int c = 0; c < COLS; c++) sums[r][c] = fma(x, value[c], sums[r][c]);
             }
         }
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < COLS; c++) store(y + r * wide + c * kLanes, sums[r][c]);
+    WH_UNROLL for (int r = 0; r < ROWS; r++)
+        WH_UNROLL for (int c = 0; c < COLS; c++) store(y + r * wide + c * kLanes, sums[r][c]);
 }
 
 template <int ROWS, int COLS, class T>
-void add_rows(const float* w, int rows, const T* const* v, int wide, int blocks, float* y) {
+void add_rows(const float* w, int rows, const T* const* v, int wide, int blocks, size_t ahead, float* y) {
     if constexpr (ROWS > 0) {
-        if (rows < ROWS) return add_rows<ROWS - 1, COLS>(w, rows, v, wide, blocks, y);
-        add_values<ROWS, COLS>(w, v, wide, blocks, y);
+        if (rows < ROWS) return add_rows<ROWS - 1, COLS>(w, rows, v, wide, blocks, ahead, y);
+        add_values<ROWS, COLS>(w, v, wide, blocks, ahead, y);
     }
 }
 
 template <int COLS, class T>
-void add_columns(const float* w, int rows, const T* const* v, int wide, int blocks, float* y) {
+void add_columns(const float* w, int rows, const T* const* v, int wide, int blocks, size_t ahead, float* y) {
     constexpr int kAtOnce = kSums / COLS < 8 ? kSums / COLS : 8;
-    for (int r = 0; r < rows; r += kAtOnce)
-        add_rows<kAtOnce, COLS>(w + r * kSpan, std::min(kAtOnce, rows - r), v, wide, blocks, y + r * wide);
+    for (int r = 0; r < rows; r += kAtOnce) {
+        const int some = std::min(kAtOnce, rows - r);
+        add_rows<kAtOnce, COLS>(w + r * kSpan, some, v, wide, blocks, r ? 0 : ahead, y + r * wide);
+    }
 }
 
 template <class T>
-void add(const float* w, int rows, const T* const* v, int wide, int blocks, float* y) {
+void add(const float* w, int rows, const T* const* v, int wide, int blocks, size_t ahead, float* y) {
     int c = 0;
     const T* at[kBlocks];
     const auto move = [&] {
         for (int b = 0; b < blocks; b++) at[b] = v[b] + c;
         return at;
     };
-    for (; c + 4 * kLanes <= wide; c += 4 * kLanes) add_columns<4>(w, rows, move(), wide, blocks, y + c);
-    for (; c + 2 * kLanes <= wide; c += 2 * kLanes) add_columns<2>(w, rows, move(), wide, blocks, y + c);
-    for (; c < wide; c += kLanes) add_columns<1>(w, rows, move(), wide, blocks, y + c);
+    for (; c + 4 * kLanes <= wide; c += 4 * kLanes) add_columns<4>(w, rows, move(), wide, blocks, ahead, y + c);
+    for (; c + 2 * kLanes <= wide; c += 2 * kLanes) add_columns<2>(w, rows, move(), wide, blocks, ahead, y + c);
+    for (; c < wide; c += kLanes) add_columns<1>(w, rows, move(), wide, blocks, ahead, y + c);
 }
 
 // The positions that the queries of a tile reach: some of them or all of them.
@@ -180,7 +210,7 @@ void weigh(const Tile& tile, int row, int wide, int count, float* s) {
     }
     vec sum{};
     for (int i = 0; i < count; i += kLanes) {
-        const vec w = exp(load(s + i) - splat(top));
+        const vec w = exp_below(load(s + i) - splat(top));
         sum += w;
         store(s + i, w);
     }
@@ -197,8 +227,11 @@ void read_span(const Tile& tile, const Keys& keys, Reach reach, const Span& span
         k[b] = static_cast<const T*>(keys.k) + static_cast<size_t>(slot) * keys.dim;
         v[b] = static_cast<const T*>(keys.v) + static_cast<size_t>(slot) * wide;
     }
-    for (int r = 0; r < tile.rows; r += kRows)
-        score_rows<kRows>(tile.q + r * keys.dim, keys.dim, std::min(kRows, tile.rows - r), k, span.count, s + r * kSpan);
+    for (int r = 0; r < tile.rows; r += kQueryRows) {
+        const int rows = std::min(kQueryRows, tile.rows - r);
+        const size_t ahead = r ? 0 : static_cast<size_t>(count) * keys.dim;
+        score_rows<kQueryRows>(tile.q + r * keys.dim, keys.dim, rows, k, span.count, ahead, s + r * kSpan);
+    }
     for (int r = 0; r < tile.rows; r++) {
         float* row = s + r * kSpan;
         if (!plain) adjust(tile, r, keys, reach, span, row);
@@ -207,7 +240,7 @@ void read_span(const Tile& tile, const Keys& keys, Reach reach, const Span& span
             for (int i = 0; i < count; i += kLanes)
                 store(row + i, load(row + i) * load(keys.v_scale + span.slot[i / kBlock] + i % kBlock));
     }
-    add(s, tile.rows, v, wide, span.count, tile.y);
+    add(s, tile.rows, v, wide, span.count, static_cast<size_t>(count) * wide, tile.y);
 }
 
 template <class T>

@@ -4,11 +4,13 @@
 
 #include <cstdint>
 
+#include "vec.h"
 #include "writehead.h"
 
 namespace wh {
 
 constexpr int kTileRows = 48;  // query rows that read a block of keys while it is in the nearest cache
+constexpr int kQueryRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 3;  // of them at once, their sums in registers
 
 // One key/value head of one row of the batch, as the cache keeps it.
 struct Keys {
@@ -28,7 +30,7 @@ struct Reach {
 // Query rows and what attention gives for them.
 struct Tile {
     int rows;
-    const float* q;      // [rows][dim], scaled
+    const float* q;      // [rows/kQueryRows][dim][kQueryRows], scaled
     const int32_t* pos;  // [rows]
     const float* slope;  // [rows], of the penalty on distance; null: none
     float* y;            // [rows][padded dim], weighted sums of values

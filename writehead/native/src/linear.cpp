@@ -21,6 +21,7 @@ constexpr int kFloatRows = 3, kByteRows = 1, kBlocks = 1;
 constexpr int kPanel = 256;   // inputs of a float panel, when several tiles use it one after the other
 constexpr int kCopied = 3;    // tiles from which bfloat16 weights are worth a copy in float32
 constexpr int kAhead = 4096;  // bytes
+constexpr int kPieceBytes = 64 * 1024, kPieces = 16;  // the most bytes, the least pieces of a matrix: a few us each
 
 bool in_bytes(const wh_matrix& w) { return w.format == WH_INT8 || w.format == WH_INT4; }
 
@@ -234,7 +235,8 @@ void multiply(const wh_matrix& w, const float* x, int, const void* scratch, int 
 
 int piece_outputs(const wh_matrix& w, int) {
     const int bits = w.format == WH_FLOAT32 ? 32 : w.format == WH_BFLOAT16 ? 16 : w.format == WH_INT8 ? 9 : 5;
-    return round_up(static_cast<int>(8L * 64 * 1024 / (static_cast<long>(bits) * padded(w) + 1)) + 1, 32);
+    const int by_size = static_cast<int>(8L * kPieceBytes / (static_cast<long>(bits) * padded(w)));
+    return std::max(std::min(by_size, w.n / kPieces) / 32, 1) * 32;
 }
 
 void weight_row(const wh_matrix& w, int n, float* out) {

@@ -46,10 +46,10 @@ void Lookup::plan(const wh_cache& cache, const std::vector<Token>& tokens, int t
     queries_.reserve(static_cast<size_t>(threads) * kTileRows * cache.head_dim);
 }
 
-void Lookup::read(Worker& worker, const Look& look, const float* q, int apart) {
+void Lookup::read(Team& team, const Look& look, const float* q, int apart) {
     const int heads = cache_.kv_heads;
-    float* scratch = queries_.data() + static_cast<size_t>(worker.index()) * kTileRows * cache_.head_dim;
-    worker.share(static_cast<int>(parts_.size()) * heads * splits_, [&](int unit) {
+    team.share(static_cast<int>(parts_.size()) * heads * splits_, [&](int unit, int thread) {
+        float* scratch = queries_.data() + static_cast<size_t>(thread) * kTileRows * cache_.head_dim;
         const int split = unit % splits_, head = unit / splits_ % heads;
         read_part(parts_[unit / splits_ / heads], head, split, look, q, apart, scratch, unit);
     });
@@ -64,7 +64,8 @@ void Lookup::read_part(const Part& part, int head, int split, const Look& look, 
         const int token = part.token + (part.first + r) / group_;
         const int query_head = head * group_ + (part.first + r) % group_;
         const float* from = q + static_cast<size_t>(token) * apart + query_head * D;
-        for (int d = 0; d < D; d++) scratch[r * D + d] = from[d] * look.scale;
+        float* to = scratch + r / kQueryRows * kQueryRows * D + r % kQueryRows;
+        for (int d = 0; d < D; d++) to[d * kQueryRows] = from[d] * look.scale;
         pos[r] = tokens_[token].pos;
         if (look.slopes) slope[r] = look.slopes[query_head];
     }

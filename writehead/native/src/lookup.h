@@ -35,7 +35,7 @@ class Lookup {
     void plan(const wh_cache& cache, const std::vector<Token>& tokens, int threads);
 
     // Computes, on all threads; q holds the heads of each token side by side, `apart` numbers from token to token.
-    void read(Worker& worker, const Look& look, const float* q, int apart);
+    void read(Team& team, const Look& look, const float* q, int apart);
 
     // Writes the heads of one token side by side.
     void collect(int token, float* to) const;

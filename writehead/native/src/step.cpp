@@ -9,11 +9,11 @@
 #include "threads.h"
 #include "writehead.h"
 
-using wh::Buffer, wh::Worker, wh::kGroup, wh::normalise, wh::round_up;
+using wh::Buffer, wh::kGroup, wh::normalise, wh::round_up;
 
 namespace {
 
-constexpr int kOwnRows = 2;  // up to so many rows each thread makes its input itself: that is faster than to wait
+constexpr int kAlone = 2;  // rows whose input the caller makes alone: that is faster than to share it
 
 // Rows that a matrix multiplies.
 struct Input {
@@ -53,17 +53,17 @@ struct wh_engine {
     void number(const wh_call& call);
     void reserve();
     void embed(int token, const wh_call& call);
-    void attend(Worker& w, const wh_layer& layer, const wh_call& call);
+    void attend(const wh_layer& layer, const wh_call& call);
     void place(int token, int head, const wh_layer& layer, const wh_call& call);
-    void feed_inner(Worker& w, const wh_layer& layer);
-    void feed_outer(Worker& w, const wh_layer& layer);
-    void run(Worker& w, const wh_call& call);
+    void feed_inner(const wh_layer& layer);
+    void feed_outer(const wh_layer& layer);
+    void run(const wh_call& call);
 
     template <class Fill>
-    Input fill(Worker& w, const wh_matrix& m, int rows, const Fill& row_of);
-    Input prepare(Worker& w, const wh_matrix& m, const Rows& rows);
+    Input fill(const wh_matrix& m, int rows, const Fill& row_of);
+    Input prepare(const wh_matrix& m, const Rows& rows);
     template <class After>
-    void multiply(Worker& w, const wh_matrix& m, const Input& in, int rows, float* y, int apart, bool add,
+    void multiply(const wh_matrix& m, const Input& in, int rows, float* y, int apart, bool add,
                   const After& after);
 
     int count() const { return static_cast<int>(tokens.size()); }
@@ -79,12 +79,11 @@ struct wh_engine {
 
     Rows x, qkv, inner, active;
     int most_inputs = 0;
-    Operand shared;
-    std::vector<Operand> own;
+    Operand input;
 };
 
 wh_engine::wh_engine(const wh_model& given, int threads)
-    : model(given), layers(given.layers, given.layers + given.depth), team(threads), own(threads) {
+    : model(given), layers(given.layers, given.layers + given.depth), team(threads) {
     x.apart = round_up(model.dim, kGroup);
     most_inputs = x.apart;
     int caches = 0;
@@ -102,7 +101,7 @@ void wh_engine::step(const wh_call& call) {
     number(call);
     reserve();
     if (tokens.empty()) return;
-    team.run([&](Worker& w) { run(w, call); });
+    run(call);
 }
 
 // Gives each real token its position and its slot in every cache.
@@ -130,37 +129,31 @@ void wh_engine::number(const wh_call& call) {
 
 void wh_engine::reserve() {
     const size_t rows = tokens.size();
-    size_t all = wh::prepared_bytes(model.head, count()), few = wh::prepared_bytes(model.head, kOwnRows);
+    size_t prepared = wh::prepared_bytes(model.head, count());
     for (const wh_layer& layer : layers) {
-        for (const wh_matrix* m : {&layer.qkv, &layer.out, &layer.inner, &layer.outer}) {
-            all = std::max(all, wh::prepared_bytes(*m, count()));
-            few = std::max(few, wh::prepared_bytes(*m, kOwnRows));
-        }
+        for (const wh_matrix* m : {&layer.qkv, &layer.out, &layer.inner, &layer.outer})
+            prepared = std::max(prepared, wh::prepared_bytes(*m, count()));
     }
     for (Rows* r : {&x, &qkv, &inner, &active}) r->numbers.reserve(rows * r->apart);
-    shared.x.reserve(rows * most_inputs);
-    shared.prepared.reserve(all);
-    for (Operand& operand : own) {
-        operand.x.reserve(static_cast<size_t>(kOwnRows) * most_inputs);
-        operand.prepared.reserve(few);
-    }
+    input.x.reserve(rows * most_inputs);
+    input.prepared.reserve(prepared);
 }
 
-void wh_engine::run(Worker& w, const wh_call& call) {
-    w.share(count(), [&](int token) { embed(token, call); });
+void wh_engine::run(const wh_call& call) {
+    team.share(count(), [&](int token) { embed(token, call); });
     for (const wh_layer& layer : layers) {
-        attend(w, layer, call);
-        if (!model.parallel) feed_inner(w, layer);
-        feed_outer(w, layer);
+        attend(layer, call);
+        if (!model.parallel) feed_inner(layer);
+        feed_outer(layer);
     }
     const int rows = static_cast<int>(wanted.size());
     if (rows == 0) return;
-    const Input in = fill(w, model.head, rows, [&](int row, float* to) {
+    const Input in = fill(model.head, rows, [&](int row, float* to) {
         normalise(model.last_norm, x[wanted[row]], model.dim, to);
         if (model.logit_scale != 1)
             for (int i = 0; i < model.dim; i++) to[i] *= model.logit_scale;
     });
-    multiply(w, model.head, in, rows, call.logits, call.logits_apart, false, nothing);
+    multiply(model.head, in, rows, call.logits, call.logits_apart, false, nothing);
 }
 
 void wh_engine::embed(int token, const wh_call& call) {
@@ -174,17 +167,22 @@ void wh_engine::embed(int token, const wh_call& call) {
 }
 
 // x += attention(norm(x)); beside it, with a parallel feed-forward layer, what that makes of the same x.
-void wh_engine::attend(Worker& w, const wh_layer& layer, const wh_call& call) {
-    const Input in = fill(w, layer.qkv, count(),
+void wh_engine::attend(const wh_layer& layer, const wh_call& call) {
+    const Input in = fill(layer.qkv, count(),
                           [&](int row, float* to) { normalise(layer.norm, x[row], model.dim, to); });
-    multiply(w, layer.qkv, in, count(), qkv[0], qkv.apart, false, nothing);
-    if (model.parallel) feed_inner(w, layer);
+    multiply(layer.qkv, in, count(), qkv[0], qkv.apart, false, nothing);
+    if (model.parallel) feed_inner(layer);
     const int heads = call.caches[layer.cache].kv_heads;
-    w.share(count() * heads, [&](int i) { place(i / heads, i % heads, layer, call); });
+    const auto place_one = [&](int i) { place(i / heads, i % heads, layer, call); };
+    if (count() <= kAlone) {
+        for (int i = 0; i < count() * heads; i++) place_one(i);
+    } else {
+        team.share(count() * heads, place_one);
+    }
     wh::Lookup& lookup = lookups[layer.cache];
-    lookup.read(w, {layer.layer, {layer.window, layer.lead}, layer.scale, model.slopes}, qkv[0], qkv.apart);
-    const Input y = fill(w, layer.out, count(), [&](int row, float* to) { lookup.collect(row, to); });
-    multiply(w, layer.out, y, count(), x[0], x.apart, true, nothing);
+    lookup.read(team, {layer.layer, {layer.window, layer.lead}, layer.scale, model.slopes}, qkv[0], qkv.apart);
+    const Input y = fill(layer.out, count(), [&](int row, float* to) { lookup.collect(row, to); });
+    multiply(layer.out, y, count(), x[0], x.apart, true, nothing);
 }
 
 // Normalises and turns the queries and the key of one key/value head, and stores key and value.
@@ -201,35 +199,34 @@ void wh_engine::place(int token, int head, const wh_layer& layer, const wh_call&
     wh::store_key_value(cache, tokens[token].row, layer.layer, head, slot_of(cache, pos), k, k + cache.kv_heads * D);
 }
 
-void wh_engine::feed_inner(Worker& w, const wh_layer& layer) {
-    const Input in = fill(w, layer.inner, count(),
+void wh_engine::feed_inner(const wh_layer& layer) {
+    const Input in = fill(layer.inner, count(),
                           [&](int row, float* to) { normalise(layer.inner_norm, x[row], model.dim, to); });
-    multiply(w, layer.inner, in, count(), inner[0], inner.apart, false, [&](int n0, int n1) {
+    multiply(layer.inner, in, count(), inner[0], inner.apart, false, [&](int n0, int n1) {
         const int from = layer.gated ? n0 / 2 : n0, n = layer.gated ? (n1 - n0) / 2 : n1 - n0;
         for (int row = 0; row < count(); row++)
             wh::activate(layer.activation, layer.gated, inner[row] + n0, n, active[row] + from);
     });
 }
 
-void wh_engine::feed_outer(Worker& w, const wh_layer& layer) {
-    multiply(w, layer.outer, prepare(w, layer.outer, active), count(), x[0], x.apart, true, nothing);
+void wh_engine::feed_outer(const wh_layer& layer) {
+    multiply(layer.outer, prepare(layer.outer, active), count(), x[0], x.apart, true, nothing);
 }
 
 // The input of a matrix whose rows `row_of(row, to)` writes.
 template <class Fill>
-Input wh_engine::fill(Worker& w, const wh_matrix& m, int rows, const Fill& row_of) {
+Input wh_engine::fill(const wh_matrix& m, int rows, const Fill& row_of) {
     const int apart = round_up(m.k, kGroup);
-    const bool alone = rows <= kOwnRows;
-    Operand& operand = alone ? own[w.index()] : shared;
-    const Input in{operand.x.data(), apart, operand.prepared.data()};
+    const bool alone = rows <= kAlone;
+    const Input in{input.x.data(), apart, input.prepared.data()};
     const auto write = [&](int row) {
-        float* to = operand.x.data() + static_cast<size_t>(row) * apart;
+        float* to = input.x.data() + static_cast<size_t>(row) * apart;
         row_of(row, to);
         std::fill(to + m.k, to + apart, 0.0f);
-        if (wh::prepared_bytes(m, rows)) wh::prepare(m, in.x, apart, row, row + 1, rows, operand.prepared.data());
+        if (wh::prepared_bytes(m, rows)) wh::prepare(m, in.x, apart, row, row + 1, rows, input.prepared.data());
     };
     if (!alone) {
-        w.share(rows, write);
+        team.share(rows, write);
     } else {
         for (int row = 0; row < rows; row++) write(row);
     }
@@ -237,26 +234,25 @@ Input wh_engine::fill(Worker& w, const wh_matrix& m, int rows, const Fill& row_o
 }
 
 // The input of a matrix whose rows are there.
-Input wh_engine::prepare(Worker& w, const wh_matrix& m, const Rows& from) {
+Input wh_engine::prepare(const wh_matrix& m, const Rows& from) {
     const int rows = count();
-    const bool alone = rows <= kOwnRows;
-    Operand& operand = alone ? own[w.index()] : shared;
-    void* prepared = operand.prepared.data();
+    const bool alone = rows <= kAlone;
+    void* prepared = input.prepared.data();
     if (wh::prepared_bytes(m, rows)) {
         if (alone)
             wh::prepare(m, from[0], from.apart, 0, rows, rows, prepared);
         else
-            w.share(rows, [&](int row) { wh::prepare(m, from[0], from.apart, row, row + 1, rows, prepared); });
+            team.share(rows, [&](int row) { wh::prepare(m, from[0], from.apart, row, row + 1, rows, prepared); });
     }
     return {from[0], from.apart, prepared};
 }
 
 // y = (or +=) the product, on all threads; `after(n0, n1)` follows each piece of the outputs.
 template <class After>
-void wh_engine::multiply(Worker& w, const wh_matrix& m, const Input& in, int rows, float* y, int apart, bool add,
+void wh_engine::multiply(const wh_matrix& m, const Input& in, int rows, float* y, int apart, bool add,
                          const After& after) {
     const int piece = wh::piece_outputs(m, rows);
-    w.share((m.n + piece - 1) / piece, [&](int i) {
+    team.share((m.n + piece - 1) / piece, [&](int i) {
         const int n0 = i * piece, n1 = std::min(m.n, n0 + piece);
         wh::multiply(m, in.x, in.apart, in.prepared, rows, n0, n1, y, apart, add);
         after(n0, n1);

@@ -101,33 +101,32 @@ inline vec load_f16(const uint16_t* from) {
 #endif
 }
 
-#if defined(__AVX512F__)
-inline float reduce_add(vec v) { return _mm512_reduce_add_ps((__m512)v); }
-inline float reduce_max(vec v) { return _mm512_reduce_max_ps((__m512)v); }
-inline int32_t reduce_add(ivec v) { return _mm512_reduce_add_epi32((__m512i)v); }
-inline int32_t reduce_max(ivec v) { return _mm512_reduce_max_epi32((__m512i)v); }
-#else
-inline float reduce_add(vec v) {
-    float sum = v[0];
-    for (int i = 1; i < kLanes; i++) sum += v[i];
-    return sum;
+// Folds the lanes in halves: GCC 12 warns of its own reductions.
+template <class Quad, class V, class Op>
+inline auto fold(V v, const Op& op) {
+    Quad quads[kLanes / 4];
+    std::memcpy(quads, &v, sizeof v);
+    for (int half = kLanes / 8; half > 0; half /= 2) {
+        for (int i = 0; i < half; i++) quads[i] = op(quads[i], quads[i + half]);
+    }
+    return op(op(quads[0][0], quads[0][2]), op(quads[0][1], quads[0][3]));
 }
-inline float reduce_max(vec v) {
-    float best = v[0];
-    for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
-    return best;
+
+typedef float vec4 __attribute__((vector_size(16)));
+typedef int32_t ivec4 __attribute__((vector_size(16)));
+
+inline float reduce_add(vec v) {
+    return fold<vec4>(v, [](auto a, auto b) { return a + b; });
 }
 inline int32_t reduce_add(ivec v) {
-    int32_t sum = v[0];
-    for (int i = 1; i < kLanes; i++) sum += v[i];
-    return sum;
+    return fold<ivec4>(v, [](auto a, auto b) { return a + b; });
+}
+inline float reduce_max(vec v) {
+    return fold<vec4>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 inline int32_t reduce_max(ivec v) {
-    int32_t best = v[0];
-    for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
-    return best;
+    return fold<ivec4>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
-#endif
 
 // e^x to two units in the last place; 0 below -87.3 (so of -infinity too), infinity above 88.7.
 inline vec exp(vec x) {
