@@ -39,6 +39,33 @@ def machine_command(
         typer.echo(f"{kind:14} {max(rates.values()) / 1e9:8.0f} GFLOP/s")
 
 
+@command.command("kernels")
+def kernels_command(
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of x; repeat for several.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each product.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for kernels.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """The native engine's matrix products in each format, beside memory's speed and PyTorch's products."""
+    from writehead.bench import kernels
+    from writehead.bench.measure import write_record
+    from writehead.cli.output import console, print_json
+    from writehead.cli.tables import kernels_table
+    from writehead.core.system import cores
+
+    threads = threads or cores()
+    found = kernels.measure(rows=rows or kernels.ROWS, threads=threads, rounds=rounds, say=_say)
+    _say("")
+    if as_json:
+        print_json(_plain({"threads": threads, "products": found}))
+    else:
+        console().print(kernels_table(found))
+    if out is not None:
+        write_record(out / "kernels.json", "kernels", found, {"rounds": rounds, "threads": threads})
+        typer.echo(f"written: {out / 'kernels.json'}", err=True)
+
+
 @command.command("decode")
 def decode_command(
     model: Annotated[str, typer.Option(help="smollm2, a model folder or a FILE.gguf.")] = "smollm2",
