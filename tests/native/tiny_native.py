@@ -27,6 +27,7 @@ __all__ = [
     "ROUNDING",
     "built",
     "close",
+    "config",
     "decoder",
     "native",
     "padded",

@@ -9,6 +9,7 @@ from writehead.bench.decode import OURS, Row
 from writehead.bench.heads import Shared
 from writehead.bench.kernels import Row as Product
 from writehead.bench.plots import all_heads
+from writehead.bench.quality import Quality
 from writehead.cli.output import size, table
 
 
@@ -27,6 +28,15 @@ def decode_table(rows: Sequence[Row]) -> Table:
         ratio = "" if row.engine == OURS else f"{row.timing.median / own.timing.median:.2f}x"
         share = f"{row.roof_s / row.timing.median:.0%}"
         grid.add_row(cell, row.dtype, row.engine, f"{row.rate:.4g}", spread, share, ratio)
+    return grid
+
+
+def quality_table(found: Sequence[Quality]) -> Table:
+    """Perplexity and agreement of each engine."""
+    grid = table("engine", "tokens", "perplexity", "agrees with the first", "standard error")
+    for one in found:
+        share, error = f"{one.agreement:.2%}", f"{one.agreement_error:.2%}"
+        grid.add_row(one.engine, f"{one.tokens:,}", f"{one.perplexity:.3f}", share, error)
     return grid
 
 

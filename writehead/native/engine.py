@@ -127,11 +127,13 @@ class NativeEngine:
         piece = self.outline.piece or T
         if piece >= T:
             return self._call(tokens.contiguous(), state, wanted)
-        found = torch.empty(B, T, self.vocab)
+        order = wanted.flatten().cumsum(0).view(B, T) - 1
+        logits = torch.empty(int(wanted.sum()), self.vocab)
         for first in range(0, T, piece):
-            part, some = tokens[:, first : first + piece], wanted[:, first : first + piece]
-            found[:, first : first + piece][some] = self._call(part.contiguous(), state, some)
-        return found[wanted]
+            at = slice(first, first + piece)
+            some = wanted[:, at]
+            logits[order[:, at][some]] = self._call(tokens[:, at].contiguous(), state, some)
+        return logits
 
     def _call(self, tokens: Tensor, state: NativeState, wanted: Tensor) -> Tensor:
         B, T = tokens.shape
