@@ -11,7 +11,7 @@ from writehead.decode.engine import TorchEngine
 from writehead.decode.generate import generate
 from writehead.decode.options import Options
 from writehead.decode.result import Result
-from writehead.decode.speculate import Lookup, Verifier
+from writehead.decode.speculate import Lookup, Pace, Verifier
 
 MODES: list[dict[str, Any]] = [
     {},
@@ -141,3 +141,94 @@ def test_drafts_shrink_when_they_fail_and_grow_when_they_hold() -> None:
     for drafted, expected in ((1, 2), (2, 4), (4, 8), (8, 8)):
         lookup.judge(drafted, drafted)
         assert len(lookup.draft(8)) == expected
+
+
+def paced(costs: dict[int, float], share: float, rows: int = 1) -> Pace:
+    """A pace that has seen these seconds of calls, and this share of drafted tokens hold."""
+    pace = Pace()
+    for tokens, seconds in costs.items():
+        for delay in (0.5, 0.0, 0.2):  # noise only adds
+            pace.took(rows, tokens, seconds + delay)
+    for _ in range(200):
+        pace.judged(100, round(100 * share)) if share == 1 else pace.judged(1, 0)
+        for _ in range(round(share / (1 - share)) if share < 1 else 0):
+            pace.judged(1, 1)
+    return pace
+
+
+@pytest.mark.parametrize(
+    ("costs", "share", "length"),
+    [
+        ({1: 1.0, 9: 1.2}, 1.0, 8),  # nearly free
+        ({1: 1.0, 9: 9.5}, 1.0, 0),  # a token of a draft costs more than a step
+        ({1: 1.0, 9: 8.5}, 1.0, 8),
+        ({1: 1.0, 3: 1.1, 9: 9.0}, 0.75, 2),  # cheap up to three tokens
+        ({1: 1.0, 2: 1.7, 9: 9.0}, 0.5, 0),  # the break-even of one draft is at 0.7
+        ({1: 1.0, 2: 1.3, 9: 9.0}, 0.5, 1),
+        ({1: 1.0, 2: 1.3}, 0.5, 8),  # what was never tried is, once
+    ],
+)
+def test_drafts_are_as_long_as_their_cost_and_their_luck_pay(
+    costs: dict[int, float], share: float, length: int
+) -> None:
+    assert paced(costs, share).longest([8]) == length
+
+
+def test_the_gain_of_all_rows_is_weighed_against_one_cost() -> None:
+    pace = paced({1: 1.0, 5: 1.9}, 0.75, rows=4)
+    assert pace.longest([4, 4, 4, 4]) == 3
+    assert pace.longest([4, 0, 0, 0]) == 0
+
+
+def test_plain_steps_are_measured_once_drafts_fail_or_after_three_of_them() -> None:
+    failing, holding = Pace(), Pace()
+    assert failing.longest([8]) == holding.longest([8]) == 8
+    for _ in range(3):
+        assert holding.longest([8]) == 8
+        failing.judged(8, 0)
+        holding.took(1, 9, 1.0)
+    assert failing.longest([8]) == holding.longest([8]) == 0
+
+
+def test_another_number_of_rows_is_measured_anew() -> None:
+    pace = paced({1: 1.0, 9: 9.5}, 1.0)
+    pace.took(2, 9, 1.0)
+    assert pace.longest([8, 8]) == 8
+
+
+class Priced(Counting):
+    """An engine that takes as long as a price list says, by a clock of its own."""
+
+    def __init__(self, model: Any, price: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(model)
+        self.price, self.now = price, 0.0
+        monkeypatch.setattr("writehead.decode.loop.time.perf_counter", lambda: self.now)
+
+    def _count(self, tokens: torch.Tensor) -> None:
+        super()._count(tokens)
+        self.now += 1.0 if tokens.dim() == 1 else 1.0 + self.price * (tokens.shape[1] - 1)
+
+
+@pytest.mark.parametrize(("price", "wins"), [(0.05, True), (0.5, True), (1.5, False)])
+def test_speculation_is_used_where_its_cost_pays_and_given_up_where_not(
+    price: float, wins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = decoder(seed=0)  # says the same token over and over, so that drafts hold
+    engine = Priced(model, price, monkeypatch)
+    plain = generate(model, [[4]], max_new_tokens=201)
+    monkeypatch.setattr("writehead.decode.loop.time.perf_counter", lambda: engine.now)
+    result = generate(engine, [[4]], max_new_tokens=201, prompt_lookup_num_tokens=8)
+    assert result[0].tokens == plain[0].tokens
+    if wins:
+        assert engine.now < 200 * (1 + 8 * price) / 9 * 1.25
+    else:
+        assert engine.now < 200 * 1.15
+        assert 0 < result.timings.drafted_tokens < 60
+
+
+def test_drafts_that_fail_are_given_up_and_taken_up_again_when_the_text_repeats() -> None:
+    pace = paced({1: 1.0, 2: 1.5, 9: 2.0}, 0.0)
+    assert pace.longest([8]) == 0
+    for _ in range(40):
+        pace.judged(1, 1)  # seen without being fed
+    assert pace.longest([8]) == 8

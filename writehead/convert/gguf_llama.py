@@ -16,6 +16,7 @@ from writehead.config import ModelConfig
 from writehead.convert.errors import BadFile, shown
 from writehead.convert.families.base import REQUIRED, Fields
 from writehead.convert.gguf import GGUF
+from writehead.convert.quants import integers
 from writehead.convert.rules import HALVES, QKV_ROWS, Checkpoint, Form, Heads, Rule
 from writehead.core.shapes import check_choice
 from writehead.positions.rope import Rotary
@@ -202,6 +203,11 @@ class Decoded(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.file.read(name, self.dtype)
+
+    def integers(self, name: str, format: str) -> tuple[Tensor, Tensor] | None:
+        """A matrix's blocks as `quants.integers` gives them."""
+        info = self.file.tensors[name]
+        return integers(self.file.raw(name), info.type, format) if len(info.shape) == 2 else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.file.tensors)

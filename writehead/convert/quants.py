@@ -86,6 +86,35 @@ def dequantize(raw: Tensor, kind: str, dtype: torch.dtype = torch.float32) -> Te
     return out.reshape(*raw.shape[:-1], raw.shape[-1] // form.nbytes * form.values)
 
 
+def integers(raw: Tensor, kind: str, format: str) -> tuple[Tensor, Tensor] | None:
+    """Blocks as the integers and scales that `native.formats.packed` lays out, where these are the same.
+
+    Args:
+        raw: uint8, (N, bytes of one row).
+        kind: the ggml name of the blocks.
+        format: "int8" or "int4".
+
+    Returns:
+        Values and scales of N rows, or None if that format does not hold such blocks as they are.
+    """
+    if (kind, format) not in (("Q8_0", "int8"), ("Q4_0", "int8"), ("Q4_0", "int4"), ("Q4_1", "int4")):
+        return None
+    blocks = raw.reshape(len(raw), -1, BY_NAME[kind].nbytes)
+    scale = _halves(blocks[..., :2])
+    if kind == "Q8_0":
+        return blocks[..., 2:].contiguous().view(torch.int8).flatten(1), scale
+    if kind == "Q4_1":
+        return blocks[..., 4:].contiguous(), torch.stack([scale, _halves(blocks[..., 2:4])], -1)
+    if format == "int8":
+        return (_nibbles(blocks[..., 2:]).view(torch.int8) - 8).flatten(1), scale
+    least = -8 * scale  # exact, unless it is beyond float16
+    return (blocks[..., 2:].contiguous(), torch.stack([scale, least], -1)) if least.isfinite().all() else None
+
+
+def _halves(pairs: Tensor) -> Tensor:
+    return pairs.contiguous().view(torch.float16).squeeze(-1)
+
+
 def _as(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     # clone: a file may place numbers at odd addresses, which a plain view must not read
     return blocks.clone(memory_format=torch.contiguous_format).view(dtype).float()
@@ -106,7 +135,7 @@ def _split(blocks: Tensor, parts: int) -> Tensor:
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    return _fields(packed, 4).flatten(-2)
+    return torch.cat([packed & 15, packed >> 4], -1)
 
 
 def _fifth_bits(packed: Tensor) -> Tensor:

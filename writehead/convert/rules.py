@@ -144,15 +144,29 @@ def load_weights(
     Raises:
         BadWeights: tensors that no rule takes, weights that nothing gives, wrong shapes, unequal copies.
     """
+    matches = match_weights(checkpoint, like)
+    return {name: make(matches[name], weight, checkpoint).to(device, dtype) for name, weight in like.items()}
+
+
+def match_weights(checkpoint: Checkpoint, like: Mapping[str, Tensor]) -> dict[str, Match]:
+    """For each name in `like` the rule that makes that weight of ours.
+
+    Raises:
+        BadWeights: tensors that no rule takes, or weights that nothing gives.
+    """
     matches = _matches(checkpoint.rules, like, checkpoint.config)
     _check_keys(matches, like, checkpoint)
-    return {name: _make(matches[name], weight, checkpoint).to(device, dtype) for name, weight in like.items()}
+    return matches
 
 
-def _make(match: Match, like: Tensor, checkpoint: Checkpoint) -> Tensor:
-    """One weight of ours."""
+def make(match: Match, like: Tensor, checkpoint: Checkpoint) -> Tensor:
+    """One weight of ours, in the type of theirs.
+
+    Raises:
+        BadWeights: wrong shapes, or unequal copies.
+    """
     wanted = match.rule.form.split(like, match.heads)
-    names = _present(match, checkpoint.theirs)
+    names = present(match, checkpoint.theirs)
     parts = [_read(checkpoint.theirs, key, part) for key, part in zip(names, wanted, strict=True)]
     _check_copies(match, names[0], parts[0], checkpoint.theirs)
     made = match.rule.form.join(parts, match.heads)
@@ -205,7 +219,7 @@ def _pattern(key: str) -> str:
     return re.escape(key).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{name\}", r"(?P<name>.+)")
 
 
-def _present(match: Match, theirs: Mapping[str, Tensor]) -> tuple[str, ...]:
+def present(match: Match, theirs: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The keys to read: the first of a single tensor's names that is there."""
     if match.copies and match.theirs[0] not in theirs:
         return next(((key,) for key in match.copies if key in theirs), match.theirs)
@@ -222,7 +236,7 @@ def _check_keys(matches: Mapping[str, Match], ours: Iterable[str], checkpoint: C
     for name in ours:
         if name not in matches:
             lost.append(name)
-        elif missing := [key for key in _present(matches[name], theirs) if key not in theirs]:
+        elif missing := [key for key in present(matches[name], theirs) if key not in theirs]:
             lost.append(f"{name} (needs {_some(missing)})")
     problems = []
     if left:

@@ -145,7 +145,7 @@ class KV(Node):
         return KV(torch.cat([a.k, b.k]), torch.cat([a.v, b.v]), pos, self.layout, used, scales)
 
     def rewind(self, n: Tensor, once: Once) -> "KV":
-        pos = once(_forget, self.pos, n, self.layout)
+        pos = once(forget, self.pos, n, self.layout)
         used = self.used if self.layout.window is not None else once(_top, pos)
         return replace(self, pos=pos, used=used)
 
@@ -333,7 +333,18 @@ def _top(pos: Tensor) -> int:
     return int(pos.max()) + 1 if pos.numel() else 0
 
 
-def _forget(pos: Tensor, n: Tensor, layout: Layout) -> Tensor:
+def forget(pos: Tensor, n: Tensor, layout: Layout) -> Tensor:
+    """The slots' positions before the last n[i] tokens of row i.
+
+    Args:
+        pos: (B, S), -1 = empty.
+        n: (B,).
+        layout: of the slots.
+
+    Raises:
+        ValueError: more tokens than a row holds.
+        CannotRewind: a ring that no longer holds what was read before those tokens.
+    """
     have = pos.amax(1) + 1 if pos.shape[1] else torch.zeros_like(n)
     keep = have - n
     if bool((keep < 0).any()):

@@ -16,7 +16,7 @@ from writehead.decode.options import Options
 from writehead.decode.prompts import Prompts
 from writehead.decode.result import Event, Timings, Track
 from writehead.decode.sampling import Rows, pick
-from writehead.decode.speculate import Lookup, Verifier
+from writehead.decode.speculate import Drafts, Verifier
 
 IDLE = 8  # finished rows leave once they are one in so many: that copies the caches of the others
 REFRESH = 16  # steps between looks at how large the caches have become, for the report
@@ -47,19 +47,17 @@ def decode(
     del state  # its memory belongs to the verifier
     live, cost = list(tracks), Cost(engine, prompts, timings)
     most = options.prompt_lookup_num_tokens
-    lookups = {t.row: Lookup(prompts.given[t.generation.prompt], most) for t in tracks} if most else {}
+    speculation = Drafts({t.row: prompts.given[t.generation.prompt] for t in tracks}, most)
     drafts: list[list[int]] = [[] for _ in live]
-    block = logits[:, None]
+    block, first = logits[:, None], True
     while True:
         events, held = chooser.choose(block, live, drafts)
         over = [track.finished for track in live]
         verifier.take_back([0 if o else len(d) - h for o, d, h in zip(over, drafts, held, strict=True)])
-        for event in events if lookups else ():
-            lookups[event.row].extend([event.token])
-        for track, draft, h in zip(live, drafts, held, strict=True):
-            if lookups:
-                lookups[track.row].judge(len(draft), h)
-        cost.book(time.perf_counter() - clock, len(events), sum(map(len, drafts)), sum(held))
+        seconds = time.perf_counter() - clock
+        speculation.learn(events, live, drafts, held, None if first else seconds)
+        cost.book(seconds, len(events), sum(map(len, drafts)), sum(held))
+        first = False
         yield from events
         clock = time.perf_counter()
         if all(over):
@@ -70,10 +68,7 @@ def decode(
             if len(rows) < len(over):
                 verifier.keep(rows)
                 chooser.keep(rows)
-        drafts = [
-            lookups[track.row].draft(track.left - 1) if lookups and not track.finished else []
-            for track in live
-        ]
+        drafts = speculation.next(live)
         block = verifier.feed([-1 if t.finished else t.generation.tokens[-1] for t in live], drafts)
         cost.step(live)
 

@@ -77,11 +77,15 @@ class Rotary(Scheme):
         self.pairs = pairs
         self.frequencies, self.gain = _frequencies(self.rotary_dim, base, scaling)
 
+    def angles(self, index: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of each pair's angle with the gain, (..., R/2), at positions `index` (...)."""
+        angles = index.clamp_min(0).to(wide)[..., None] * self.frequencies.to(index.device, wide)
+        return angles.cos() * self.gain, angles.sin() * self.gain
+
     def _turn(self, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and signed sin, (B, T, 1, R): rotated = x cos + swapped(x) sin."""
         wide = torch.promote_types(dtype, torch.float32)
-        angles = index.clamp_min(0).to(wide)[..., None, None] * self.frequencies.to(index.device, wide)
-        cos, sin = angles.cos() * self.gain, angles.sin() * self.gain
+        cos, sin = self.angles(index[..., None], wide)
         if self.pairs == "half":
             return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
         return cos.repeat_interleave(2, -1).to(dtype), torch.stack([-sin, sin], -1).flatten(-2).to(dtype)

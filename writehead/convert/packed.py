@@ -1,0 +1,164 @@
+"""The front door of packed models: out of every kind of file, and into a folder that is mapped in no time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from writehead.config import ModelConfig
+from writehead.convert.build import blank
+from writehead.convert.errors import BadFile
+from writehead.convert.files import whole_or_nothing
+from writehead.convert.gguf_llama import Decoded
+from writehead.convert.load import check_sizes, find, open_checkpoint, read_tokenizer
+from writehead.convert.packed_files import is_packed, read_packed, write_packed
+from writehead.convert.rules import BadWeights, Checkpoint, Match, make, match_weights, present
+from writehead.convert.tokenizer import Tokenizer
+from writehead.model.parts import weights
+from writehead.native.covers import NotCoveredError, why_not
+from writehead.native.formats import FORMATS, STEPS, Packed, pack, packed, shapes
+from writehead.native.weights import PackedModel, check_format, format_of, in_turns, is_matrix
+
+
+@dataclass(frozen=True)
+class LoadedPacked:
+    """What `load_packed` gives.
+
+    Attributes:
+        model: for a `NativeEngine`.
+        tokenizer: None if the files hold none.
+        source: the folder or file it came from.
+    """
+
+    model: PackedModel
+    tokenizer: Tokenizer | None
+    source: Path
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's description."""
+        return self.model.config
+
+
+def load_packed(
+    name: str | Path, format: str | None = None, *, memory_bytes: int | None = None
+) -> LoadedPacked:
+    """Load a decoder for the native engine.
+
+    Blocks of a GGUF file that a format holds as they are (Q8_0 and Q4_0 in int8; Q4_0 and Q4_1 in int4, whose
+    tables stay in their own blocks too) are not quantised anew.
+
+    Args:
+        name: as for `load`, or a folder that `save_packed` made.
+        format: one of `native.formats.FORMATS`; default that of the folder, else float32.
+        memory_bytes: what may be used; a model that needs more is refused before its weights are read.
+
+    Raises:
+        ValueError: no such model, or an argument that is refused.
+        NotCoveredError: a model that the native engine does not run.
+        BadFile: files that are broken, or hold a model that we do not have.
+    """
+    path = find(name)
+    if path.is_dir() and is_packed(path):
+        model = read_packed(path)
+        if format is not None and format != model.format:
+            raise ValueError(
+                f"{path} is saved in {model.format}, not in {format}; leave the type away, or convert what "
+                "it was made of"
+            )
+        return LoadedPacked(model, read_tokenizer(path, None), path)
+    try:
+        checkpoint, gguf = open_checkpoint(path, torch.float32)
+        check_sizes(checkpoint)
+        check_format(checkpoint.config, format or FORMATS[0])
+        if (reason := why_not(checkpoint.config)) is not None:
+            raise NotCoveredError(reason)
+        model = _pack(checkpoint, format or FORMATS[0], memory_bytes)
+        tokenizer = read_tokenizer(path, gguf)
+    except (BadFile, NotCoveredError):
+        raise
+    except ValueError as error:
+        raise BadFile(path, str(error)) from error
+    return LoadedPacked(model, tokenizer, path)
+
+
+def save_packed(
+    model: PackedModel,
+    directory: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save a packed model into a folder, whole or not at all.
+
+    Args:
+        model: from `load_packed` or `native.weights.pack_model`.
+        directory: the folder to make.
+        tokenizer: saved beside the model.
+        overwrite: replace a model folder that is there.
+
+    Raises:
+        ValueError: a folder that may not be made.
+    """
+    with whole_or_nothing(directory, overwrite=overwrite) as folder:
+        write_packed(folder, model)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def _pack(checkpoint: Checkpoint, format: str, memory_bytes: int | None) -> PackedModel:
+    config, like = checkpoint.config, weights(blank(checkpoint.config))
+    _check_memory(like, format, memory_bytes)
+    matrices: dict[str, Packed] = {}
+    vectors: dict[str, Tensor] = {}
+    for name, match in match_weights(checkpoint, like).items():
+        if not is_matrix(name):
+            vectors[name] = in_turns(config, name, make(match, like[name], checkpoint).float())
+            continue
+        matrix = _blocks(checkpoint, name, match, like[name], format)
+        if matrix is None:
+            rows = in_turns(config, name, make(match, like[name], checkpoint))
+            matrix = pack(rows, format_of(name, format))
+        matrices[name] = matrix
+    return PackedModel(config, format, matrices, vectors)
+
+
+def _blocks(checkpoint: Checkpoint, name: str, match: Match, like: Tensor, format: str) -> Packed | None:
+    """A matrix made of a GGUF file's blocks as they are; None if its format does not hold them."""
+    theirs = checkpoint.theirs
+    if not isinstance(theirs, Decoded) or format not in STEPS:
+        return None
+    keys = present(match, theirs)
+    for kind in dict.fromkeys((format, format_of(name, format))):  # a table's own blocks are better than int8
+        parts = [theirs.integers(key, kind) for key in keys]
+        if all(part is not None for part in parts):
+            break
+    else:
+        return None
+    for key, wanted in zip(keys, match.rule.form.split(like, match.heads), strict=True):
+        found = theirs.file.tensors[key].shape
+        if found != tuple(wanted.shape):
+            raise BadWeights(f"{key!r} has shape {found}; the config asks for {tuple(wanted.shape)}")
+    # the rules of these files move rows and nothing else, so they serve rows of blocks too
+    joined = (match.rule.form.join([p[i] for p in parts if p is not None], match.heads) for i in (0, 1))
+    values, scales = (in_turns(checkpoint.config, name, rows) for rows in joined)
+    return packed(kind, len(values), like.shape[1], values, scales)
+
+
+def _check_memory(like: Mapping[str, Tensor], format: str, memory_bytes: int | None) -> None:
+    """Raise if the packed weights, and the largest in float32 while it is packed, do not fit."""
+    needed = 0
+    for name, weight in like.items():
+        if is_matrix(name):
+            data, scales = shapes(format_of(name, format), *weight.shape)
+            width = {"float32": 4, "bfloat16": 2}.get(format_of(name, format), 1)
+            needed += torch.Size(data).numel() * width + 2 * torch.Size(scales or (0,)).numel()
+        else:
+            needed += 4 * weight.numel()
+    needed += 4 * max(weight.numel() for weight in like.values())
+    if memory_bytes is not None and needed > memory_bytes:
+        raise ValueError(
+            f"packing into {format} needs {needed:,} bytes of memory, {memory_bytes:,} are available"
+        )

@@ -1,0 +1,1 @@
+"""The native CPU engine: C++ kernels behind a plain C interface, loaded with ctypes."""

@@ -1,0 +1,58 @@
+#include "linear.h"
+#include "team.h"
+
+int32_t wh_version(void) { return 1; }
+
+const char* wh_instructions(void) {
+#if defined(__AVX512F__)
+    return "avx512";
+#elif defined(__AVX2__)
+    return "avx2";
+#elif defined(__aarch64__)
+    return "neon";
+#else
+    return "portable";
+#endif
+}
+
+wh_team* wh_team_create(int32_t threads) {
+    try {
+        return new wh_team(threads);
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+void wh_team_free(wh_team* team) { delete team; }
+
+int32_t wh_linear(wh_team* team, const wh_matrix* w, const float* x, int32_t rows, float* y) {
+    const size_t needed = wh::prepared_bytes(*w, rows);
+    try {
+        team->scratch.reserve(needed);
+    } catch (...) {
+        return -1;
+    }
+    void* scratch = team->scratch.data();
+    const int piece = wh::piece_outputs(*w, rows), pieces = (w->n + piece - 1) / piece;
+    if (needed) team->team.share(rows, [&](int row) { wh::prepare(*w, x, w->k, row, row + 1, rows, scratch); });
+    team->team.share(pieces, [&](int i) {
+        const int n0 = i * piece, n1 = n0 + piece < w->n ? n0 + piece : w->n;
+        wh::multiply(*w, x, w->k, scratch, rows, n0, n1, y, w->n, false);
+    });
+    return 0;
+}
+
+int32_t wh_attend(wh_team* team, const wh_cache* cache, int32_t layer, int32_t rows, int32_t tokens, const float* q,
+                  const int32_t* pos, float scale, int32_t window, int32_t lead, const float* slopes, float* y) {
+    const int apart = cache->heads * cache->head_dim;
+    try {
+        std::vector<wh::Token> all;
+        for (int i = 0; i < rows * tokens; i++) all.push_back({i / tokens, pos[i]});
+        team->lookup.plan(*cache, all, team->team.threads());
+    } catch (...) {
+        return -1;
+    }
+    team->lookup.read(team->team, {layer, {window, lead}, scale, slopes}, q, apart);
+    team->team.share(rows * tokens, [&](int i) { team->lookup.collect(i, y + static_cast<size_t>(i) * apart); });
+    return 0;
+}

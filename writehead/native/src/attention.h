@@ -1,0 +1,45 @@
+// Softmax attention of a tile of query rows over the slots of a cache.
+#ifndef WRITEHEAD_ATTENTION_H
+#define WRITEHEAD_ATTENTION_H
+
+#include <cstdint>
+
+#include "vec.h"
+#include "writehead.h"
+
+namespace wh {
+
+constexpr int kTileRows = 48;  // query rows that read a block of keys while it is in the nearest cache
+constexpr int kQueryRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 3;  // of them at once, their sums in registers
+
+// One key/value head of one row of the batch, as the cache keeps it.
+struct Keys {
+    int format;                      // WH_FLOAT32, WH_BFLOAT16 or WH_INT8
+    int dim;                         // width of a head; values are padded to a multiple of 16
+    const void* k;                   // [slots/16][dim][16]
+    const void* v;                   // [slots][padded dim]
+    const float *k_scale, *v_scale;  // [slots], with WH_INT8
+    const int32_t* pos;              // [slots], -1 = empty
+};
+
+// Who reads what: a query at q reads keys at 0 <= p <= q with q - p < window (0: any) or p < lead.
+struct Reach {
+    int window, lead;
+};
+
+// Query rows and what attention gives for them.
+struct Tile {
+    int rows;
+    const float* q;      // [rows/kQueryRows][dim][kQueryRows], scaled
+    const int32_t* pos;  // [rows]
+    const float* slope;  // [rows], of the penalty on distance; null: none
+    float* y;            // [rows][padded dim], weighted sums of values
+    float* top;          // [rows], the largest score, -infinity where nothing was read
+    float* total;        // [rows], the sum of the weights exp(score - top)
+};
+
+// Sums over slots [first, last), both multiples of 16; parts of a cache merge by `top` and `total`.
+void attend(const Tile& tile, const Keys& keys, Reach reach, int first, int last);
+
+}  // namespace wh
+#endif

@@ -1,0 +1,114 @@
+// Attention of all tokens of a call over the caches of their rows.
+#include "lookup.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "linear.h"
+#include "vec.h"
+
+namespace wh {
+namespace {
+
+constexpr int kPiecesPerThread = 4;  // so that a thread that lost its core delays little
+constexpr int kLeastSlots = 64;      // of a part of the cache: below, merging costs more than it brings
+
+}  // namespace
+
+void Lookup::plan(const wh_cache& cache, const std::vector<Token>& tokens, int threads) {
+    cache_ = cache;
+    tokens_ = tokens;
+    group_ = cache.heads / cache.kv_heads;
+    wide_ = round_up(cache.head_dim, kBlock);
+    parts_.clear();
+    part_of_.clear();
+    int most = 0;
+    rows_ = 0;
+    for (size_t first = 0, last; first < tokens.size(); first = last) {
+        int newest = 0;
+        for (last = first; last < tokens.size() && tokens[last].row == tokens[first].row; last++) {
+            part_of_.push_back(static_cast<int>(parts_.size()));
+            newest = std::max(newest, tokens[last].pos);
+        }
+        const int slots = std::min(cache.slots, round_up(newest + 1, kBlock));
+        const int rows = static_cast<int>(last - first) * group_;
+        for (int row = 0; row < rows; row += kTileRows)
+            parts_.push_back({row, std::min(rows, row + kTileRows), static_cast<int>(first), slots});
+        rows_ = std::max(rows_, std::min(rows, kTileRows));
+        most = std::max(most, slots);
+    }
+    const int units = static_cast<int>(parts_.size()) * cache.kv_heads, wanted = kPiecesPerThread * threads;
+    splits_ = units == 0 || threads == 1 ? 1 : std::min((wanted + units - 1) / units, std::max(1, most / kLeastSlots));
+    const size_t sums = static_cast<size_t>(units) * splits_ * rows_;
+    y_.reserve(sums * wide_);
+    top_.reserve(sums);
+    total_.reserve(sums);
+    queries_.reserve(static_cast<size_t>(threads) * kTileRows * cache.head_dim);
+}
+
+void Lookup::read(Team& team, const Look& look, const float* q, int apart) {
+    const int heads = cache_.kv_heads;
+    team.share(static_cast<int>(parts_.size()) * heads * splits_, [&](int unit, int thread) {
+        float* scratch = queries_.data() + static_cast<size_t>(thread) * kTileRows * cache_.head_dim;
+        const int split = unit % splits_, head = unit / splits_ % heads;
+        read_part(parts_[unit / splits_ / heads], head, split, look, q, apart, scratch, unit);
+    });
+}
+
+void Lookup::read_part(const Part& part, int head, int split, const Look& look, const float* q, int apart,
+                       float* scratch, size_t unit) {
+    const int D = cache_.head_dim, rows = part.last - part.first;
+    int pos[kTileRows];
+    float slope[kTileRows];
+    for (int r = 0; r < rows; r++) {
+        const int token = part.token + (part.first + r) / group_;
+        const int query_head = head * group_ + (part.first + r) % group_;
+        const float* from = q + static_cast<size_t>(token) * apart + query_head * D;
+        float* to = scratch + r / kQueryRows * kQueryRows * D + r % kQueryRows;
+        for (int d = 0; d < D; d++) to[d * kQueryRows] = from[d] * look.scale;
+        pos[r] = tokens_[token].pos;
+        if (look.slopes) slope[r] = look.slopes[query_head];
+    }
+    const int row = tokens_[part.token].row;
+    const size_t slots = cache_.slots;
+    const size_t first = ((static_cast<size_t>(row) * cache_.layers + look.layer) * cache_.kv_heads + head) * slots;
+    const size_t size = cache_.format == WH_FLOAT32 ? 4 : cache_.format == WH_BFLOAT16 ? 2 : 1;
+    const Keys keys{
+        cache_.format,
+        D,
+        static_cast<const char*>(cache_.k) + first * D * size,
+        static_cast<const char*>(cache_.v) + first * wide_ * size,
+        cache_.k_scale ? cache_.k_scale + first : nullptr,
+        cache_.v_scale ? cache_.v_scale + first : nullptr,
+        cache_.pos + row * slots,
+    };
+    const size_t at = unit * rows_;
+    const Tile tile{
+        rows, scratch, pos, look.slopes ? slope : nullptr, y_.data() + at * wide_, top_.data() + at, total_.data() + at,
+    };
+    const int share = round_up((part.slots + splits_ - 1) / splits_, kBlock);
+    const int from = std::min(part.slots, split * share);
+    attend(tile, keys, look.reach, from, std::min(part.slots, from + share));
+}
+
+void Lookup::collect(int token, float* to) const {
+    const int D = cache_.head_dim, first_part = part_of_[token], heads = cache_.kv_heads;
+    for (int h = 0; h < cache_.heads; h++) {
+        const int row = (token - parts_[first_part].token) * group_ + h % group_;
+        const size_t unit = (static_cast<size_t>(first_part + row / kTileRows) * heads + h / group_) * splits_;
+        const size_t at = unit * rows_ + row % kTileRows;
+        float top = -INFINITY, total = 0;
+        for (int s = 0; s < splits_; s++) top = std::max(top, top_[at + static_cast<size_t>(s) * rows_]);
+        float* y = to + h * D;
+        std::fill_n(y, D, 0.0f);
+        for (int s = 0; s < splits_ && top > -INFINITY; s++) {
+            const size_t from = at + static_cast<size_t>(s) * rows_;
+            const float weight = std::exp(top_[from] - top);
+            total += weight * total_[from];
+            for (int d = 0; d < D; d++) y[d] += weight * y_[from * wide_ + d];
+        }
+        for (int d = 0; d < D && total > 0; d++) y[d] /= total;
+    }
+}
+
+}  // namespace wh

@@ -1,0 +1,62 @@
+// Attention of all tokens of a call over the caches of their rows, shared out among threads.
+#ifndef WRITEHEAD_LOOKUP_H
+#define WRITEHEAD_LOOKUP_H
+
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "buffer.h"
+#include "threads.h"
+#include "writehead.h"
+
+namespace wh {
+
+// A token of a call, by the row of the batch that it belongs to and its position there.
+struct Token {
+    int row, pos;
+};
+
+// What a layer adds to the queries and the cache.
+struct Look {
+    int layer;            // of the cache
+    Reach reach;
+    float scale;          // of the scores
+    const float* slopes;  // of the query heads, or null
+};
+
+// How the tokens of one call read one cache; the plan serves all of its layers.
+//
+// The query heads that share a key/value head, of all tokens of one row, are rows of tiles. Where tiles are too
+// few for the threads, each reads the cache in several parts, which `collect` merges.
+class Lookup {
+  public:
+    // Plans; tokens of a row stand together. The caches hold the keys up to the tokens themselves.
+    void plan(const wh_cache& cache, const std::vector<Token>& tokens, int threads);
+
+    // Computes, on all threads; q holds the heads of each token side by side, `apart` numbers from token to token.
+    void read(Team& team, const Look& look, const float* q, int apart);
+
+    // Writes the heads of one token side by side.
+    void collect(int token, float* to) const;
+
+  private:
+    struct Part {
+        int first, last;  // rows of the queries of one batch row: token * group + head
+        int token;        // the first token of that batch row
+        int slots;        // that may be read
+    };
+
+    void read_part(const Part& part, int head, int split, const Look& look, const float* q, int apart, float* scratch,
+                   size_t unit);
+
+    wh_cache cache_{};
+    std::vector<Token> tokens_;
+    int group_ = 1, wide_ = 0, rows_ = 0, splits_ = 1;
+    std::vector<Part> parts_;
+    std::vector<int> part_of_;  // token -> the first part of its batch row
+    Buffer<float> y_, top_, total_, queries_;
+};
+
+}  // namespace wh
+#endif

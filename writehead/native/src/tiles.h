@@ -1,0 +1,167 @@
+// The inner kernels: a tile of R rows of x times B blocks of 16 outputs, its sums held in registers.
+#ifndef WRITEHEAD_TILES_H
+#define WRITEHEAD_TILES_H
+
+#include "linear.h"
+#include "vec.h"
+
+namespace wh {
+
+constexpr int kParts = kBlock / kLanes;  // vectors that hold the outputs of a block
+constexpr int kUnits = kGroup / 4;       // 4-byte units in a group
+constexpr int kLine = 64;                // bytes of a cache line: a unit of 16 outputs
+
+// Where the sums of a tile go, and what to fetch meanwhile: a line for each line of weights that it reads.
+struct Output {
+    float* y;
+    size_t ldy;
+    const float* bias;  // of the first output, or null
+    bool add;
+    int n;                 // outputs wanted; the last block of a matrix may have fewer than it holds
+    const char* ahead[2];  // for each block of the tile; the hardware alone stops at the end of a page
+};
+
+template <int R, int V>
+inline void finish(const vec (&sums)[R][V], const Output& out) {
+    if (out.n == V * kLanes) {
+        WH_UNROLL
+        for (int r = 0; r < R; r++) {
+            float* y = out.y + r * out.ldy;
+            WH_UNROLL
+            for (int v = 0; v < V; v++) {
+                vec sum = sums[r][v];
+                if (out.bias) sum += load(out.bias + v * kLanes);
+                if (out.add) sum += load(y + v * kLanes);
+                store(y + v * kLanes, sum);
+            }
+        }
+        return;
+    }
+    for (int r = 0; r < R; r++) {
+        float row[V * kLanes];
+        std::memcpy(row, sums[r], sizeof row);
+        float* y = out.y + r * out.ldy;
+        for (int n = 0; n < out.n; n++) {
+            y[n] = row[n] + (out.bias ? out.bias[n] : 0) + (out.add ? y[n] : 0);
+        }
+    }
+}
+
+inline vec load_weights(const float* w) { return load(w); }
+inline vec load_weights(const uint16_t* w) { return load_bf16(w); }
+
+// Inputs [0, k) of B blocks that are `stride` numbers apart; x holds R numbers for each input.
+template <class T, int R, int B>
+void float_tile(const T* w, size_t stride, const float* x, int k, const Output& out) {
+    constexpr int V = B * kParts;
+    constexpr int U = R * V >= 8 ? 1 : R * V >= 4 ? 2 : R * V >= 2 ? 4 : 8;  // sums in turn hide the latency
+    vec sums[U][R][V] = {};
+    const auto step = [&](int i, vec(&sum)[R][V]) {
+        vec weights[V];
+        WH_UNROLL
+        for (int v = 0; v < V; v++) {
+            const T* from = w + v / kParts * stride + i * kBlock + v % kParts * kLanes;
+            weights[v] = load_weights(from);
+        }
+        WH_UNROLL
+        for (int b = 0; b < B; b++) __builtin_prefetch(out.ahead[b] + i * sizeof(T) * kBlock);
+        WH_UNROLL
+        for (int r = 0; r < R; r++) {
+            const vec input = splat(x[static_cast<size_t>(i) * R + r]);
+            WH_UNROLL
+            for (int v = 0; v < V; v++) sum[r][v] = fma(input, weights[v], sum[r][v]);
+        }
+    };
+    int i = 0;
+    for (; i + U <= k; i += U) {
+        WH_UNROLL
+        for (int u = 0; u < U; u++) step(i + u, sums[u]);
+    }
+    for (; i < k; i++) step(i, sums[0]);
+    WH_UNROLL
+    for (int u = 1; u < U; u++) {
+        WH_UNROLL
+        for (int r = 0; r < R; r++) {
+            WH_UNROLL
+            for (int v = 0; v < V; v++) sums[0][r][v] += sums[u][r][v];
+        }
+    }
+    finish<R, V>(sums[0], out);
+}
+
+// A tile of quantised rows: for each group of inputs and each row
+struct Quantised {
+    const int32_t* values;  // kUnits times four signed bytes
+    const float* scales;
+    const int32_t* taken;  // what offsets the 128 that an int8 weight has too much
+    const float* sums;     // scale times the sum of the values
+};
+
+enum Bytes { kInt8, kInt4 };
+constexpr int group_bytes(Bytes format) { return (format == kInt4 ? kGroup / 2 : kGroup) * kBlock; }
+constexpr int group_scales(Bytes format) { return (format == kInt4 ? 2 : 1) * kBlock; }
+
+// Unit j of a group: four weights of each of kLanes outputs.
+template <Bytes F>
+inline bvec unit(const uint8_t* group, int j) {
+    if (F == kInt8) return load_as<bvec>(group + j * kLine);
+    if (j < kUnits / 2) return low_nibbles(load_as<bvec>(group + j * kLine));
+    return high_nibbles(load_as<bvec>(group + (j - kUnits / 2) * kLine));
+}
+
+// `groups` groups of B blocks, whose bytes are `stride` and whose scales are `scale_stride` apart.
+template <Bytes F, int R, int B>
+void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t scale_stride, const Quantised& x,
+               int groups, const Output& out) {
+    constexpr int V = B * kParts;
+    constexpr int kBytes = group_bytes(F);
+    vec sums[R][V] = {};
+    for (int g = 0; g < groups; g++) {
+        ivec products[R][V];
+        WH_UNROLL
+        for (int r = 0; r < R; r++) {
+            WH_UNROLL
+            for (int v = 0; v < V; v++) products[r][v] = F == kInt8 ? splat_int(x.taken[g * R + r]) : ivec{};
+        }
+        WH_UNROLL
+        for (int j = 0; j < kUnits; j++) {
+            bvec weights[V];
+            WH_UNROLL
+            for (int v = 0; v < V; v++) {
+                const uint8_t* group = w + v / kParts * stride + static_cast<size_t>(g) * kBytes;
+                weights[v] = unit<F>(group + v % kParts * 4 * kLanes, j);
+            }
+            WH_UNROLL
+            for (int b = 0; b < B; b++) {
+                if (j * kLine < kBytes) __builtin_prefetch(out.ahead[b] + static_cast<size_t>(g) * kBytes + j * kLine);
+            }
+            WH_UNROLL
+            for (int r = 0; r < R; r++) {
+                const ivec input = splat_int(x.values[(static_cast<size_t>(g) * kUnits + j) * R + r]);
+                WH_UNROLL
+                for (int v = 0; v < V; v++) {
+                    products[r][v] = F == kInt8 ? dot_bytes(products[r][v], weights[v], input)
+                                                : dot_nibbles(products[r][v], weights[v], input);
+                }
+            }
+        }
+        WH_UNROLL
+        for (int v = 0; v < V; v++) {
+            const uint16_t* from = scales + v / kParts * scale_stride + static_cast<size_t>(g) * group_scales(F) + v % kParts * kLanes;
+            const vec scale = load_f16(from);
+            WH_UNROLL
+            for (int r = 0; r < R; r++) {
+                sums[r][v] = fma(to_float(products[r][v]), scale * splat(x.scales[g * R + r]), sums[r][v]);
+            }
+            if (F != kInt8) {
+                const vec least = load_f16(from + kBlock);
+                WH_UNROLL
+                for (int r = 0; r < R; r++) sums[r][v] = fma(least, splat(x.sums[g * R + r]), sums[r][v]);
+            }
+        }
+    }
+    finish<R, V>(sums, out);
+}
+
+}  // namespace wh
+#endif

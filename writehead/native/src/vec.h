@@ -1,0 +1,188 @@
+// Vectors of the width that the target has: 16 floats with AVX-512, 8 with AVX2, else 4.
+#ifndef WRITEHEAD_VEC_H
+#define WRITEHEAD_VEC_H
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+// Loops over the registers of a tile, whose bounds are constants.
+#if defined(__clang__)
+#define WH_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define WH_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace wh {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t ivec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t uvec __attribute__((vector_size(4 * kLanes)));
+typedef int16_t svec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t wvec __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t bvec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t half __attribute__((vector_size(2 * kLanes)));
+typedef int8_t quarter __attribute__((vector_size(kLanes)));
+
+template <class V, class T>
+inline V load_as(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline vec load(const float* from) { return load_as<vec>(from); }
+inline void store(float* to, vec v) { std::memcpy(to, &v, sizeof v); }
+inline vec splat(float x) { return x - vec{}; }
+inline ivec splat_int(int32_t x) { return x - ivec{}; }
+
+// One instruction where there is one. Other products and sums are never fused: a quantised value must not depend on it.
+inline vec fma(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+inline vec max(vec a, vec b) { return a > b ? a : b; }
+inline vec min(vec a, vec b) { return a < b ? a : b; }
+inline vec as_float(ivec v) { return (vec)v; }
+inline ivec as_int(vec v) { return (ivec)v; }
+inline vec to_float(ivec v) { return __builtin_convertvector(v, vec); }
+
+// The nearest integers, halves to even, for |x| < 2^22: what is added pushes the fraction out of the mantissa.
+inline ivec round_to_int(vec x) {
+    const vec magic = splat(12582912.0f);
+    return as_int(x + magic) - as_int(magic);
+}
+
+inline vec load_bf16(const uint16_t* from) {
+    return (vec)(__builtin_convertvector(load_as<half>(from), uvec) << 16);
+}
+
+// To the nearest bfloat16, halves to even; a NaN stays a NaN.
+inline void store_bf16(uint16_t* to, vec v) {
+    const uvec bits = (uvec)v;
+    const uvec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const uvec nan = (bits >> 16) | 0x40u;
+    const half h = __builtin_convertvector(v == v ? rounded : nan, half);
+    std::memcpy(to, &h, sizeof h);
+}
+
+inline vec load_f16(const uint16_t* from) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_cvtph_ps(0xffff, load_as<__m256i>(from));  // the plain form warns in GCC 12
+#elif defined(__F16C__)
+    return (vec)_mm256_cvtph_ps(load_as<__m128i>(from));
+#else
+    const uvec h = __builtin_convertvector(load_as<half>(from), uvec);
+    const uvec magnitude = (h & 0x7fffu) << 13;
+    const uvec scaled = (uvec)((vec)magnitude * splat(0x1p112f));  // the product makes subnormals right
+    const uvec infinite = magnitude | 0x7f800000u;
+    return (vec)((magnitude < 0x0f800000u ? scaled : infinite) | (h & 0x8000u) << 16);
+#endif
+}
+
+// Folds the lanes in halves: GCC 12 warns of its own reductions.
+template <class Quad, class V, class Op>
+inline auto fold(V v, const Op& op) {
+    Quad quads[kLanes / 4];
+    std::memcpy(quads, &v, sizeof v);
+    for (int half = kLanes / 8; half > 0; half /= 2) {
+        for (int i = 0; i < half; i++) quads[i] = op(quads[i], quads[i + half]);
+    }
+    return op(op(quads[0][0], quads[0][2]), op(quads[0][1], quads[0][3]));
+}
+
+typedef float vec4 __attribute__((vector_size(16)));
+typedef int32_t ivec4 __attribute__((vector_size(16)));
+
+inline float reduce_add(vec v) {
+    return fold<vec4>(v, [](auto a, auto b) { return a + b; });
+}
+inline int32_t reduce_add(ivec v) {
+    return fold<ivec4>(v, [](auto a, auto b) { return a + b; });
+}
+inline float reduce_max(vec v) {
+    return fold<vec4>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+inline int32_t reduce_max(ivec v) {
+    return fold<ivec4>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// e^x to two units in the last place; 0 below -87.3 (so of -infinity too), infinity above 88.7.
+inline vec exp(vec x) {
+    const vec low = splat(-87.33654f), high = splat(88.72283f);
+    const vec clamped = x > high ? high : (x < low ? low : x);
+    const ivec n = round_to_int(clamped * splat(1.44269504f));
+    const vec whole = to_float(n);
+    const vec r = fma(whole, splat(2.12194440e-4f), fma(whole, splat(-0.693359375f), clamped));
+    vec p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p * r, r, r) + splat(1.0f);
+    const ivec half_n = n >> 1;  // 2^n in two factors, since n = 128 has no float
+    const vec y = p * as_float((half_n + 127) << 23) * as_float((n - half_n + 127) << 23);
+    return x < low ? vec{} : (x > high ? splat(__builtin_inff()) : y);
+}
+
+// Adds to each lane of `sum` four products of bytes: unsigned w, less kTaken each, with signed x in [-127, 127].
+#if defined(__AVX512VNNI__)
+constexpr int kTaken = 0;
+inline ivec dot_bytes(ivec sum, bvec w, ivec x) {
+    return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
+}
+inline ivec dot_nibbles(ivec sum, bvec w, ivec x) { return dot_bytes(sum, w, x); }
+#elif defined(__AVX2__)
+constexpr int kTaken = 128;
+// w in [0, 15]: no pair of products leaves 16 bits.
+inline ivec dot_nibbles(ivec sum, bvec w, ivec x) {
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+    return sum + (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+// The sign goes over to x, so that no pair of products leaves 16 bits: 2 * 128 * 127 < 2^15.
+inline ivec dot_bytes(ivec sum, bvec w, ivec x) {
+    const __m256i centred = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8(-128));
+    const __m256i turned = _mm256_sign_epi8((__m256i)x, centred);
+    return dot_nibbles(sum, (bvec)_mm256_abs_epi8(centred), (ivec)turned);
+}
+#else
+constexpr int kTaken = 128;
+// Even and odd bytes side by side in 16 bits, which two products with |w| <= 128 do not leave.
+inline ivec dot_signed(ivec sum, svec even, svec odd, ivec x) {
+    const svec both = even * (((svec)x << 8) >> 8) + odd * ((svec)x >> 8);
+    return sum + (((ivec)both << 16) >> 16) + ((ivec)both >> 16);
+}
+inline ivec dot_bytes(ivec sum, bvec w, ivec x) {
+    return dot_signed(sum, (svec)((wvec)w & 0xff) - 128, (svec)((wvec)w >> 8) - 128, x);
+}
+inline ivec dot_nibbles(ivec sum, bvec w, ivec x) {
+    return dot_signed(sum, (svec)((wvec)w & 0xff), (svec)((wvec)w >> 8), x);
+}
+#endif
+inline bvec low_nibbles(bvec w) { return w & 15; }
+inline bvec high_nibbles(bvec w) { return (bvec)(((wvec)w >> 4) & 0x0f0f); }
+
+}  // namespace wh
+#endif
