@@ -113,7 +113,9 @@ def outline(config: ModelConfig) -> Outline:
         raise NotCoveredError(f"the native engine has no {config.stack['name']} stack")
     blocks = list(model.blocks)
     if blocks[0].order == "post":
-        raise NotCoveredError("the native engine normalises before each part of a layer; this model does so after")
+        raise NotCoveredError(
+            "the native engine normalises before each part of a layer; this model does so after"
+        )
     reaches = [_reach(block.mixer, config, i) for i, block in enumerate(blocks)]
     windows = [window for window, _ in reaches if window]
     piece = max(PIECES[0], min(PIECES[1], *windows)) if windows else None
@@ -149,7 +151,13 @@ def _layer(config: ModelConfig, i: int, block: Any, reach: tuple[int, int], cach
     shared = block.feedforward_norm is None
     norms = (
         _normal(block.mixer_norm, f"{name}.mixer_norm"),
-        _normal(*((block.mixer_norm, f"{name}.mixer_norm") if shared else (block.feedforward_norm, f"{name}.feedforward_norm"))),
+        _normal(
+            *(
+                (block.mixer_norm, f"{name}.mixer_norm")
+                if shared
+                else (block.feedforward_norm, f"{name}.feedforward_norm")
+            )
+        ),
         _normal(block.mixer.qkv.q_norm, f"{name}.mixer.qkv.q_norm"),
         _normal(block.mixer.qkv.k_norm, f"{name}.mixer.qkv.k_norm"),
     )
@@ -179,8 +187,8 @@ def _reach(mixer: nn.Module, config: ModelConfig, layer: int) -> tuple[int, int]
     reach = window_and_lead(mixer.pattern)
     if reach is None:
         raise NotCoveredError(
-            f"the native engine reads all keys, a window, or a window and the first keys; layer {layer} reads "
-            f"{mixer.pattern}"
+            "the native engine reads all keys, a window, or a window and the first keys; "
+            f"layer {layer} reads {mixer.pattern}"
         )
     return reach
 

@@ -13,7 +13,7 @@ from writehead.core.positions import Positions
 from writehead.core.shapes import check_shape
 from writehead.native import structs
 from writehead.native.covers import Normal, outline
-from writehead.native.formats import FORMATS, LANES
+from writehead.native.formats import FORMATS, LANES, Packed
 from writehead.native.library import library
 from writehead.native.state import Cache, Kept, NativeState
 from writehead.native.weights import PackedModel
@@ -104,9 +104,11 @@ class NativeEngine:
 
     def weight_bytes(self) -> int:
         """As `Engine.weight_bytes`: tables of which only a few rows are read are left out."""
-        tables = {"embedding.position.table"} | ({"embedding.table"} if not self.model.config.tie_embeddings else set())
-        held = [*self.model.matrices.items(), *self.model.vectors.items()]
-        return sum(weight.nbytes for name, weight in held if name not in tables)
+        looked_up = ["embedding.position.table"]
+        if not self.model.config.tie_embeddings:
+            looked_up.append("embedding.table")
+        held: list[tuple[str, Packed | Tensor]] = [*self.model.matrices.items(), *self.model.vectors.items()]
+        return sum(weight.nbytes for name, weight in held if name not in looked_up)
 
     def state_bytes(self, rows: int, context: int, store: Store) -> int:
         """As `Engine.state_bytes`."""
@@ -120,9 +122,7 @@ class NativeEngine:
         """Take tokens (B, T) into the state, in calls that its rings can take: the logits (N, V) wanted."""
         most = int(tokens.max()) if tokens.numel() else -1
         if most >= self.vocab:
-            raise ValueError(
-                f"token {most} is not in the vocabulary of {self.vocab} (0 to {self.vocab - 1})"
-            )
+            raise ValueError(f"token {most} is not in the vocabulary of {self.vocab} (0 to {self.vocab - 1})")
         B, T = tokens.shape
         piece = self.outline.piece or T
         if piece >= T:
@@ -222,11 +222,15 @@ class NativeEngine:
         )
 
     def _matrix(self, name: str) -> structs.Matrix:
-        return structs.Matrix.of(self.model.matrices[f"{name}.weight"], self.model.vectors.get(f"{name}.bias"))
+        return structs.Matrix.of(
+            self.model.matrices[f"{name}.weight"], self.model.vectors.get(f"{name}.bias")
+        )
 
     def _norm(self, norm: Normal) -> structs.Norm:
         weight, bias = (self.model.vectors.get(f"{norm.name}.{part}") for part in ("weight", "bias"))
-        return structs.Norm(structs.NORMS.index(norm.kind), norm.eps, structs.pointer(weight), structs.pointer(bias))
+        return structs.Norm(
+            structs.NORMS.index(norm.kind), norm.eps, structs.pointer(weight), structs.pointer(bias)
+        )
 
 
 def _cache(cache: Cache, kept: Kept) -> structs.Cache:

@@ -1,7 +1,7 @@
 """What the native engine remembers: keys and values laid out for its kernels, one tensor for several layers.
 
-Layers that keep the same tokens (equal reach, heads and widths) share a `Cache`, so that a model has one, or two
-where windows alternate with full attention. A slot's position decides who reads it, as in `core.cache`.
+Layers that keep the same tokens (equal reach, heads and widths) share a `Cache`, so that a model has one, or
+two where windows alternate with full attention. A slot's position decides who reads it, as in `core.cache`.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,12 @@ from writehead.core.pattern import Reach
 from writehead.core.state import Node, Once, apply, join, rewind, select, tensors
 
 BLOCK = 16  # slots whose keys lie side by side
-STORED = {None: torch.float32, torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int8: torch.int8}
+STORED = {
+    None: torch.float32,
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+    torch.int8: torch.int8,
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,10 @@ class Cache(Node):
         blocks = -(-self.used // BLOCK)
 
         def rows(t: Tensor) -> Tensor:
-            chosen, used = t.new_zeros(len(index), *t.shape[1:]), blocks * (t.shape[3] // (self.slots // BLOCK))
+            chosen, used = (
+                t.new_zeros(len(index), *t.shape[1:]),
+                blocks * (t.shape[3] // (self.slots // BLOCK)),
+            )
             torch.index_select(t.narrow(3, 0, used), 0, index, out=chosen.narrow(3, 0, used))
             return chosen
 
@@ -118,8 +126,8 @@ class Cache(Node):
         assert isinstance(other, Cache)
         if self.layout != other.layout or self.k.dtype != other.k.dtype:
             raise ValueError(
-                f"cannot join caches of different kinds: {self.layout} in {self.k.dtype} and {other.layout} in "
-                f"{other.k.dtype}"
+                "cannot join caches of different kinds: "
+                f"{self.layout} in {self.k.dtype} and {other.layout} in {other.k.dtype}"
             )
         slots = max(self.slots, other.slots)
         a, b = self.resized(slots), other.resized(slots)

@@ -24,7 +24,9 @@ class Matrix(ctypes.Structure):
     def of(cls, packed: Packed, bias: Tensor | None = None) -> "Matrix":
         """A matrix; the tensors must live as long as it is used."""
         scales = None if packed.scales is None else packed.scales.data_ptr()
-        return cls(FORMATS.index(packed.format), packed.n, packed.k, packed.data.data_ptr(), scales, pointer(bias))
+        return cls(
+            FORMATS.index(packed.format), packed.n, packed.k, packed.data.data_ptr(), scales, pointer(bias)
+        )
 
 
 class Norm(ctypes.Structure):
@@ -82,5 +84,6 @@ def pointer(tensor: Tensor | None) -> int | None:
     """Where a tensor's numbers are, None for no tensor."""
     if tensor is None:
         return None
-    assert tensor.is_contiguous() and tensor.is_cpu
+    assert tensor.is_contiguous()
+    assert tensor.is_cpu
     return tensor.data_ptr()

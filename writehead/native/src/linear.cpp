@@ -18,7 +18,8 @@ constexpr int kFloatRows = 6, kByteRows = 2, kBlocks = 1;
 #else
 constexpr int kFloatRows = 3, kByteRows = 1, kBlocks = 1;
 #endif
-constexpr int kPanel = 256;  // inputs of a float panel
+constexpr int kPanel = 256;   // inputs of a float panel
+constexpr int kAhead = 4096;  // bytes
 
 bool in_bytes(const wh_matrix& w) { return w.format == WH_INT8 || w.format == WH_INT4; }
 
@@ -107,6 +108,17 @@ constexpr std::array<ByteTile, sizeof...(R)> byte_tiles(std::index_sequence<R...
     return {byte_tile<F, static_cast<int>(R) + 1, B>...};
 }
 
+// A lone tile runs at the speed of memory and fetches its own weights; the first of several tiles fetch those of
+// the next blocks, one block each, so that memory works while they compute.
+template <class T>
+void fetch(Output& out, int tile, int tiles, const T* weights, const T* next, size_t stride) {
+    for (int b = 0; b < 2; b++) {
+        const char* own = reinterpret_cast<const char*>(weights + (b < kBlocks ? b : 0) * stride);
+        out.ahead[b] = tiles == 1 ? own + kAhead : own;
+    }
+    if (tiles > 1 && tile < kBlocks) out.ahead[0] = reinterpret_cast<const char*>(next + tile * stride);
+}
+
 template <class T>
 void multiply_float(const wh_matrix& w, const T* data, const float* x, int rows, int n0, int n1, Output out) {
     static constexpr auto narrow = float_tiles<T, 1>(std::make_index_sequence<kFloatRows>());
@@ -120,14 +132,16 @@ void multiply_float(const wh_matrix& w, const T* data, const float* x, int rows,
             const int fit = std::min(blocks, (n1 - n + kBlock - 1) / kBlock);
             out.n = std::min(fit * kBlock, n1 - n);
             out.bias = w.bias && k == 0 ? w.bias + n : nullptr;
+            const T* const weights = data + n / kBlock * stride + static_cast<size_t>(k) * kBlock;
+            n += fit * kBlock;
+            const T* const next = n < n1 ? weights + fit * stride : data + n0 / kBlock * stride + (k + panel) * kBlock;
             for (int tile = 0; tile < tiles.count; tile++) {
                 const int first = tiles.begin(tile), height = tiles.begin(tile + 1) - first;
                 const float* inputs = x + static_cast<size_t>(first) * w.k + static_cast<size_t>(k) * height;
-                out.y = y + first * out.ldy + n;
-                (fit == kBlocks ? wide : narrow)[height - 1](data + n / kBlock * stride + static_cast<size_t>(k) * kBlock,
-                                                             stride, inputs, std::min(panel, w.k - k), out);
+                out.y = y + first * out.ldy + (n - fit * kBlock);
+                fetch(out, tile, tiles.count, weights, next, stride);
+                (fit == kBlocks ? wide : narrow)[height - 1](weights, stride, inputs, std::min(panel, w.k - k), out);
             }
-            n += fit * kBlock;
         }
         out.add = true;
     }
@@ -147,11 +161,13 @@ void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, int n0, i
         const int fit = std::min(blocks, (n1 - n + kBlock - 1) / kBlock);
         out.n = std::min(fit * kBlock, n1 - n);
         out.bias = w.bias ? w.bias + n : nullptr;
+        const uint8_t* const weights = static_cast<const uint8_t*>(w.data) + n / kBlock * stride;
         for (int tile = 0; tile < tiles.count; tile++) {
             const int first = tiles.begin(tile), height = tiles.begin(tile + 1) - first;
             out.y = y + first * out.ldy + n;
+            fetch(out, tile, tiles.count, weights, weights + fit * stride, stride);
             (fit == kBlocks ? wide : narrow)[height - 1](
-                static_cast<const uint8_t*>(w.data) + n / kBlock * stride, stride,
+                weights, stride,
                 static_cast<const uint16_t*>(w.scales) + n / kBlock * scale_stride, scale_stride,
                 quantised(w, scratch, first, height, 0), groups, out);
         }
@@ -187,7 +203,7 @@ void prepare(const wh_matrix& w, const float* x, int ldx, int first, int last, i
 
 void multiply(const wh_matrix& w, const float* x, int, const void* scratch, int rows, int n0, int n1, float* y,
               int ldy, bool add) {
-    const Output out{y, static_cast<size_t>(ldy), nullptr, add, 0};
+    const Output out{y, static_cast<size_t>(ldy), nullptr, add, 0, {}};
     const float* inputs = rows > 1 ? static_cast<const float*>(scratch) : x;
     switch (w.format) {
         case WH_FLOAT32:

@@ -9,15 +9,16 @@ namespace wh {
 
 constexpr int kParts = kBlock / kLanes;  // vectors that hold the outputs of a block
 constexpr int kUnits = kGroup / 4;       // 4-byte units in a group
-constexpr int kAhead = 4096;             // bytes; the hardware does not prefetch over the end of a page
+constexpr int kLine = 64;                // bytes of a cache line
 
-// Where the sums of a tile go.
+// Where the sums of a tile go, and what to fetch meanwhile: a line for each line of weights that it reads.
 struct Output {
     float* y;
     size_t ldy;
     const float* bias;  // of the first output, or null
     bool add;
-    int n;  // outputs wanted; the last block of a matrix may have fewer than it holds
+    int n;                 // outputs wanted; the last block of a matrix may have fewer than it holds
+    const char* ahead[2];  // for each block of the tile; the hardware alone stops at the end of a page
 };
 
 template <int R, int V>
@@ -61,8 +62,9 @@ void float_tile(const T* w, size_t stride, const float* x, int k, const Output& 
         for (int v = 0; v < V; v++) {
             const T* from = w + v / kParts * stride + i * kBlock + v % kParts * kLanes;
             weights[v] = load_weights(from);
-            if (R <= 8 && v % kParts == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
         }
+        WH_UNROLL
+        for (int b = 0; b < B; b++) __builtin_prefetch(out.ahead[b] + i * sizeof(T) * kBlock);
         WH_UNROLL
         for (int r = 0; r < R; r++) {
             const vec input = splat(x[static_cast<size_t>(i) * R + r]);
@@ -127,9 +129,10 @@ void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t s
             for (int v = 0; v < V; v++) {
                 const uint8_t* group = w + v / kParts * stride + static_cast<size_t>(g) * kBytes;
                 weights[v] = unit<F>(group + v % kParts * 4 * kLanes, j);
-                if (R <= 4 && v % kParts == 0 && j * 4 * kBlock < kBytes) {
-                    __builtin_prefetch(group + j * 4 * kBlock + kAhead);
-                }
+            }
+            WH_UNROLL
+            for (int b = 0; b < B; b++) {
+                if (j * kLine < kBytes) __builtin_prefetch(out.ahead[b] + static_cast<size_t>(g) * kBytes + j * kLine);
             }
             WH_UNROLL
             for (int r = 0; r < R; r++) {
