@@ -5,27 +5,51 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from writehead.bench.attention import Attention
-from writehead.bench.decode import OURS, Row
+from writehead.bench.decode import Row
 from writehead.bench.heads import Shared
+from writehead.bench.neighbour import Beside
 from writehead.bench.plots import all_heads
+from writehead.bench.quality import Quality
 from writehead.cli.output import size, table
 
 
 def decode_table(rows: Sequence[Row]) -> Table:
-    """Tokens per second of each engine, its share of the roofline, and ours over the best and over each
-    peer."""
+    """Tokens per second of each engine, its share of the roofline, and ours over each; ours is the first of a
+    cell."""
     grid = table("cell", "type", "engine", "tokens/s", "quartiles", "of roofline", "ours / it")
-    ours = {(row.cell, row.dtype): row for row in rows if row.engine == OURS}
+    ours: dict[tuple[object, str], Row] = {}
     for row in rows:
-        own = ours[row.cell, row.dtype]
-        cell = str(row.cell) if row.engine == OURS else ""
+        own = ours.setdefault((row.cell, row.dtype), row)
+        cell = str(row.cell) if row is own else ""
         if row.timing.error:
             grid.add_row(cell, row.dtype, row.engine, "failed", row.timing.error[:40], "", "")
             continue
         spread = f"{row.tokens / row.timing.q3:.4g} to {row.tokens / row.timing.q1:.4g}"
-        ratio = "" if row.engine == OURS else f"{row.timing.median / own.timing.median:.2f}x"
+        ratio = "" if row is own else f"{row.timing.median / own.timing.median:.2f}x"
         share = f"{row.roof_s / row.timing.median:.0%}"
         grid.add_row(cell, row.dtype, row.engine, f"{row.rate:.4g}", spread, share, ratio)
+    return grid
+
+
+def quality_table(rows: Sequence[Quality]) -> Table:
+    """Agreement with float32 and perplexity of each engine."""
+    grid = table("engine", "type", "best token as in float32", "perplexity", "tokens")
+    for row in rows:
+        if row.error:
+            grid.add_row(row.engine, row.dtype, "none", row.error[:40], "")
+        else:
+            grid.add_row(
+                row.engine, row.dtype, f"{row.agreement:.1%}", f"{row.perplexity:.3f}", str(row.tokens)
+            )
+    return grid
+
+
+def beside_table(rows: Sequence[Beside]) -> Table:
+    """Speed beside a busy core."""
+    grid = table("beside a busy core", "ms a step alone", "ms beside it", "speed kept")
+    for row in rows:
+        alone, beside = row.alone.median * 1e3, row.beside.median * 1e3
+        grid.add_row(row.engine, f"{alone:.1f}", f"{beside:.1f}", f"{row.kept:.0%}")
     return grid
 
 
