@@ -18,7 +18,8 @@ constexpr int kFloatRows = 6, kByteRows = 2, kBlocks = 1;
 #else
 constexpr int kFloatRows = 3, kByteRows = 1, kBlocks = 1;
 #endif
-constexpr int kPanel = 256;   // inputs of a float panel
+constexpr int kPanel = 256;   // inputs of a float panel, when several tiles use it one after the other
+constexpr int kCopied = 3;    // tiles from which bfloat16 weights are worth a copy in float32
 constexpr int kAhead = 4096;  // bytes
 
 bool in_bytes(const wh_matrix& w) { return w.format == WH_INT8 || w.format == WH_INT4; }
@@ -40,14 +41,13 @@ struct Tiles {
 // Bytes of one quantised row: its values, then scale, taken and sum of each group.
 size_t row_bytes(const wh_matrix& w) { return padded(w) + 12 * static_cast<size_t>(padded(w) / kGroup); }
 
-Quantised quantised(const wh_matrix& w, const void* scratch, int first, int rows, int group) {
+Quantised quantised(const wh_matrix& w, const void* scratch, int first, int rows) {
     const size_t k = padded(w), groups = k / kGroup;
     const char* base = static_cast<const char*>(scratch) + first * row_bytes(w);
     const char* scales = base + k * rows;
-    const size_t each = 4 * groups * rows, at = static_cast<size_t>(group) * rows;
-    return {reinterpret_cast<const int32_t*>(base) + at * kUnits, reinterpret_cast<const float*>(scales) + at,
-            reinterpret_cast<const int32_t*>(scales + each) + at,
-            reinterpret_cast<const float*>(scales + 2 * each) + at};
+    const size_t each = 4 * groups * rows;
+    return {reinterpret_cast<const int32_t*>(base), reinterpret_cast<const float*>(scales),
+            reinterpret_cast<const int32_t*>(scales + each), reinterpret_cast<const float*>(scales + 2 * each)};
 }
 
 // Quantises 32 activations: 8 units of four signed bytes, the scale and the sum of the values.
@@ -119,60 +119,75 @@ void fetch(Output& out, int tile, int tiles, const T* weights, const T* next, si
     if (tiles > 1 && tile < kBlocks) out.ahead[0] = reinterpret_cast<const char*>(next + tile * stride);
 }
 
-template <class T>
-void multiply_float(const wh_matrix& w, const T* data, const float* x, int rows, int n0, int n1, Output out) {
-    static constexpr auto narrow = float_tiles<T, 1>(std::make_index_sequence<kFloatRows>());
-    static constexpr auto wide = float_tiles<T, kBlocks>(std::make_index_sequence<kFloatRows>());
-    const Tiles tiles(w, rows);
-    const size_t stride = static_cast<size_t>(padded(w)) * kBlock;
-    const int blocks = rows < 4 ? 1 : kBlocks, panel = tiles.count > 1 ? kPanel : w.k;
-    float* const y = out.y;
-    for (int k = 0; k < w.k; k += panel) {
-        for (int n = n0; n < n1;) {
-            const int fit = std::min(blocks, (n1 - n + kBlock - 1) / kBlock);
-            out.n = std::min(fit * kBlock, n1 - n);
-            out.bias = w.bias && k == 0 ? w.bias + n : nullptr;
-            const T* const weights = data + n / kBlock * stride + static_cast<size_t>(k) * kBlock;
-            n += fit * kBlock;
-            const T* const next = n < n1 ? weights + fit * stride : data + n0 / kBlock * stride + (k + panel) * kBlock;
-            for (int tile = 0; tile < tiles.count; tile++) {
-                const int first = tiles.begin(tile), height = tiles.begin(tile + 1) - first;
-                const float* inputs = x + static_cast<size_t>(first) * w.k + static_cast<size_t>(k) * height;
-                out.y = y + first * out.ldy + (n - fit * kBlock);
-                fetch(out, tile, tiles.count, weights, next, stride);
-                (fit == kBlocks ? wide : narrow)[height - 1](weights, stride, inputs, std::min(panel, w.k - k), out);
-            }
-        }
-        out.add = true;
+// Calls body(n, blocks, k) for the outputs [n0, n1), some blocks at a time, with each panel of inputs.
+template <class Body>
+void each_panel(int k_end, int panel, int n0, int n1, int blocks, const Body& body) {
+    for (int k = 0; k < k_end; k += panel) {
+        for (int n = n0; n < n1; n += blocks * kBlock) body(n, std::min(blocks, (n1 - n + kBlock - 1) / kBlock), k);
     }
 }
 
+// Adds up over the panels of inputs: the first one brings the bias in, the others add to what is there.
+Output panel_output(const wh_matrix& w, const Output& all, int n, int n1, int blocks, int k) {
+    Output out = all;
+    out.n = std::min(blocks * kBlock, n1 - n);
+    out.bias = w.bias && k == 0 ? w.bias + n : nullptr;
+    out.add = all.add || k > 0;
+    return out;
+}
+
+template <class T>
+void multiply_float(const wh_matrix& w, const float* x, int rows, int n0, int n1, const Output& all) {
+    static constexpr auto narrow = float_tiles<T, 1>(std::make_index_sequence<kFloatRows>());
+    static constexpr auto wide = float_tiles<T, kBlocks>(std::make_index_sequence<kFloatRows>());
+    static constexpr auto narrow_copy = float_tiles<float, 1>(std::make_index_sequence<kFloatRows>());
+    static constexpr auto wide_copy = float_tiles<float, kBlocks>(std::make_index_sequence<kFloatRows>());
+    const Tiles tiles(w, rows);
+    const bool copied = sizeof(T) < sizeof(float) && tiles.count >= kCopied;
+    const size_t stride = static_cast<size_t>(padded(w)) * kBlock;
+    const int panel = tiles.count > 1 ? kPanel : std::max(w.k, 1);
+    alignas(64) float copy[kBlocks * kPanel * kBlock];
+    each_panel(w.k, panel, n0, n1, rows < 4 ? 1 : kBlocks, [&](int n, int blocks, int k) {
+        const int inputs = std::min(panel, w.k - k);
+        const T* const weights = static_cast<const T*>(w.data) + n / kBlock * stride + static_cast<size_t>(k) * kBlock;
+        for (int b = 0; copied && b < blocks; b++) {
+            float* to = copy + static_cast<size_t>(b) * kPanel * kBlock;
+            for (int i = 0; i < inputs * kBlock; i += kLanes) store(to + i, load_weights(weights + b * stride + i));
+        }
+        Output out = panel_output(w, all, n, n1, blocks, k);
+        for (int tile = 0; tile < tiles.count; tile++) {
+            const int first = tiles.begin(tile), height = tiles.begin(tile + 1) - first;
+            const float* from = x + static_cast<size_t>(first) * w.k + static_cast<size_t>(k) * height;
+            out.y = all.y + first * all.ldy + n;
+            fetch(out, tile, tiles.count, weights, weights + blocks * stride, stride);
+            if (copied) {
+                (blocks == kBlocks ? wide_copy : narrow_copy)[height - 1](copy, kPanel * kBlock, from, inputs, out);
+            } else {
+                (blocks == kBlocks ? wide : narrow)[height - 1](weights, stride, from, inputs, out);
+            }
+        }
+    });
+}
+
 template <Bytes F>
-void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, int n0, int n1, Output out) {
+void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, int n0, int n1, const Output& all) {
     static constexpr auto narrow = byte_tiles<F, 1>(std::make_index_sequence<kByteRows>());
     static constexpr auto wide = byte_tiles<F, kBlocks>(std::make_index_sequence<kByteRows>());
     const Tiles tiles(w, rows);
     const int groups = padded(w) / kGroup;
-    const size_t stride = static_cast<size_t>(groups) * kGroup * kBlock / (F == kInt4 ? 2 : 1);
-    const size_t scale_stride = static_cast<size_t>(groups) * kBlock * (F == kInt8 ? 1 : 2);
-    const int blocks = rows < 2 ? 1 : kBlocks;
-    float* const y = out.y;
-    for (int n = n0; n < n1;) {
-        const int fit = std::min(blocks, (n1 - n + kBlock - 1) / kBlock);
-        out.n = std::min(fit * kBlock, n1 - n);
-        out.bias = w.bias ? w.bias + n : nullptr;
-        const uint8_t* const weights = static_cast<const uint8_t*>(w.data) + n / kBlock * stride;
+    const size_t bytes = static_cast<size_t>(groups) * group_bytes(F), scales = static_cast<size_t>(groups) * group_scales(F);
+    each_panel(1, 1, n0, n1, rows < 2 ? 1 : kBlocks, [&](int n, int blocks, int) {
+        const uint8_t* const weights = static_cast<const uint8_t*>(w.data) + n / kBlock * bytes;
+        const uint16_t* const scale = static_cast<const uint16_t*>(w.scales) + n / kBlock * scales;
+        Output out = panel_output(w, all, n, n1, blocks, 0);
         for (int tile = 0; tile < tiles.count; tile++) {
             const int first = tiles.begin(tile), height = tiles.begin(tile + 1) - first;
-            out.y = y + first * out.ldy + n;
-            fetch(out, tile, tiles.count, weights, weights + fit * stride, stride);
-            (fit == kBlocks ? wide : narrow)[height - 1](
-                weights, stride,
-                static_cast<const uint16_t*>(w.scales) + n / kBlock * scale_stride, scale_stride,
-                quantised(w, scratch, first, height, 0), groups, out);
+            out.y = all.y + first * all.ldy + n;
+            fetch(out, tile, tiles.count, weights, weights + blocks * bytes, bytes);
+            (blocks == kBlocks ? wide : narrow)[height - 1](weights, bytes, scale, scales,
+                                                            quantised(w, scratch, first, height), groups, out);
         }
-        n += fit * kBlock;
-    }
+    });
 }
 
 float half_to_float(const uint16_t* from) {
@@ -193,7 +208,7 @@ void prepare(const wh_matrix& w, const float* x, int ldx, int first, int last, i
         const float* from = x + static_cast<size_t>(row) * ldx;
         const int tile = tiles.of(row), begin = tiles.begin(tile), height = tiles.begin(tile + 1) - begin;
         if (in_bytes(w)) {
-            quantise_row(w, from, quantised(w, scratch, begin, height, 0), height, row - begin);
+            quantise_row(w, from, quantised(w, scratch, begin, height), height, row - begin);
         } else if (rows > 1) {
             float* to = static_cast<float*>(scratch) + static_cast<size_t>(begin) * w.k + (row - begin);
             for (int k = 0; k < w.k; k++) to[static_cast<size_t>(k) * height] = from[k];
@@ -207,9 +222,9 @@ void multiply(const wh_matrix& w, const float* x, int, const void* scratch, int 
     const float* inputs = rows > 1 ? static_cast<const float*>(scratch) : x;
     switch (w.format) {
         case WH_FLOAT32:
-            return multiply_float(w, static_cast<const float*>(w.data), inputs, rows, n0, n1, out);
+            return multiply_float<float>(w, inputs, rows, n0, n1, out);
         case WH_BFLOAT16:
-            return multiply_float(w, static_cast<const uint16_t*>(w.data), inputs, rows, n0, n1, out);
+            return multiply_float<uint16_t>(w, inputs, rows, n0, n1, out);
         case WH_INT8:
             return multiply_bytes<kInt8>(w, scratch, rows, n0, n1, out);
         default:

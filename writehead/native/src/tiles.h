@@ -9,7 +9,7 @@ namespace wh {
 
 constexpr int kParts = kBlock / kLanes;  // vectors that hold the outputs of a block
 constexpr int kUnits = kGroup / 4;       // 4-byte units in a group
-constexpr int kLine = 64;                // bytes of a cache line
+constexpr int kLine = 64;                // bytes of a cache line: a unit of 16 outputs
 
 // Where the sums of a tile go, and what to fetch meanwhile: a line for each line of weights that it reads.
 struct Output {
@@ -97,15 +97,16 @@ struct Quantised {
     const float* sums;     // scale times the sum of the values
 };
 
-enum Bytes { kInt8, kInt4, kSpread };  // kSpread: int4 with one weight in each byte
+enum Bytes { kInt8, kInt4 };
+constexpr int group_bytes(Bytes format) { return (format == kInt4 ? kGroup / 2 : kGroup) * kBlock; }
+constexpr int group_scales(Bytes format) { return (format == kInt4 ? 2 : 1) * kBlock; }
 
 // Unit j of a group: four weights of each of kLanes outputs.
 template <Bytes F>
 inline bvec unit(const uint8_t* group, int j) {
-    constexpr int kUnit = 4 * kBlock;
-    if (F != kInt4) return load_as<bvec>(group + j * kUnit);
-    if (j < kUnits / 2) return low_nibbles(load_as<bvec>(group + j * kUnit));
-    return high_nibbles(load_as<bvec>(group + (j - kUnits / 2) * kUnit));
+    if (F == kInt8) return load_as<bvec>(group + j * kLine);
+    if (j < kUnits / 2) return low_nibbles(load_as<bvec>(group + j * kLine));
+    return high_nibbles(load_as<bvec>(group + (j - kUnits / 2) * kLine));
 }
 
 // `groups` groups of B blocks, whose bytes are `stride` and whose scales are `scale_stride` apart.
@@ -113,7 +114,7 @@ template <Bytes F, int R, int B>
 void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t scale_stride, const Quantised& x,
                int groups, const Output& out) {
     constexpr int V = B * kParts;
-    constexpr int kBytes = (F == kInt4 ? kGroup / 2 : kGroup) * kBlock, kScales = F == kInt8 ? kBlock : 2 * kBlock;
+    constexpr int kBytes = group_bytes(F);
     vec sums[R][V] = {};
     for (int g = 0; g < groups; g++) {
         ivec products[R][V];
@@ -146,7 +147,7 @@ void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t s
         }
         WH_UNROLL
         for (int v = 0; v < V; v++) {
-            const uint16_t* from = scales + v / kParts * scale_stride + static_cast<size_t>(g) * kScales + v % kParts * kLanes;
+            const uint16_t* from = scales + v / kParts * scale_stride + static_cast<size_t>(g) * group_scales(F) + v % kParts * kLanes;
             const vec scale = load_f16(from);
             WH_UNROLL
             for (int r = 0; r < R; r++) {
