@@ -30,7 +30,7 @@ ROOMS = (
     ("model",),
     ("native",),
     ("decode", "convert", "laws"),
-    ("costs",),
+    ("costs", "engines"),
     ("bench",),
     ("cli",),
     ("__init__", "__main__"),

@@ -63,8 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     def call(*args: str, stdin: str | None = None, model: bool = True) -> Ran:
         monkeypatch.setattr(sys, "stdin", Terminal() if stdin is None else io.StringIO(stdin))
+        own = ["--engine", "torch", "--threads", "1", *(["--model", str(folder)] if model else [])]
         with pytest.raises(SystemExit) as ended:
-            app(["generate", *(["--model", str(folder), "--threads", "1"] if model else []), *args])
+            app(["generate", *own, *args])
         return Ran(int(ended.value.code or 0), *capsys.readouterr())
 
     return call
@@ -82,7 +83,7 @@ def test_the_text_goes_to_standard_output_and_speeds_to_standard_error(run: Run,
     assert ran.out == f"{expected(folder, 'hello', max_new_tokens=20)[0].text}\n"
     assert ran.err.startswith("prefill 5 tokens, ")
     assert "; decode 19 tokens, " in ran.err
-    assert ran.err.endswith("; engine torch\n")
+    assert ran.err.endswith("; engine torch (float32; not the native one, since it was asked for)\n")
     assert ran.err.count("\n") == 1
 
 
@@ -213,6 +214,7 @@ def test_ctrl_c_prints_what_there_is_and_ends_with_130(
         (["x", "--top-k", "4"], 2, "top_k=4 has no effect at temperature=0"),
         (["x", "--num-beams", "2", "--temperature", "1"], 2, "temperature=1.0 does not go with num_beams=2"),
         (["x", "--max-new-tokens", "0"], 2, "max_new_tokens=0 must be a whole number of at least 1"),
+        (["x", "--engine", "jax"], 2, "unknown --engine 'jax' (accepted: auto, native, torch)"),
         (["x", "--dtype", "float8"], 2, "unknown --dtype 'float8'"),
         (["x", "--cache-dtype", "int4"], 2, "unknown --cache-dtype 'int4'; did you mean 'int8'?"),
         (["x", "--system", "s"], 2, "--system belongs to a chat: give --chat too"),

@@ -25,6 +25,7 @@ VERBS = {
         "writehead.cli.demo:command", "Decode the embedded model, and measure what head sharing buys."
     ),
     "generate": Verb("writehead.cli.generate:command", "Continue a prompt with a model, token by token."),
+    "convert": Verb("writehead.cli.convert:command", "Write a model in another type: float, int8 or int4."),
     "plan": Verb("writehead.cli.plan:command", "What a model costs: memory, bytes and time of a token."),
     "systems": Verb("writehead.cli.systems:command", "List every system of the catalog."),
     "show": Verb("writehead.cli.show:command", "Explain one system: its card, its costs, who sees whom."),

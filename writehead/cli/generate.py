@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from writehead.convert.load import Loaded
-    from writehead.decode.engine import TorchEngine
     from writehead.decode.options import Options
     from writehead.decode.result import Generation, Timings
+    from writehead.engines import Opened
 
 CHOICE, SEARCH, MACHINE = "Which token comes next", "Beams and speculation", "Model and machine"
 COMPILE = (
     "Let inductor compile projections and feed-forward layers: 20 to 70 seconds before the first token on "
     "two cores, and little gain in float32; the tokens are the same."
 )
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+ENGINES = ("auto", "native", "torch")
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -61,7 +61,17 @@ def command(
     model: Annotated[
         str, typer.Option(help="smollm2, a model folder or a FILE.gguf.", rich_help_panel=MACHINE)
     ] = "smollm2",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.", rich_help_panel=MACHINE)] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, int8 or int4; default what a converted folder holds, else float32.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="auto, native or torch; auto is native where it can be.", rich_help_panel=MACHINE),
+    ] = "auto",
     cache_dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16 or int8.", rich_help_panel=MACHINE)
     ] = None,
@@ -80,8 +90,9 @@ def command(
     if system is not None and not chat:
         raise typer.BadParameter("--system belongs to a chat: give --chat too")
     text = _text(prompt)
-    _check("--dtype", dtype, DTYPES)
-    _check("--cache-dtype", cache_dtype or "float32", CACHE_DTYPES)
+    check("--dtype", dtype or "float32", DTYPES)
+    check("--cache-dtype", cache_dtype or "float32", CACHE_DTYPES)
+    check("--engine", engine, ENGINES)
     import torch
 
     from writehead.core.system import available_memory, cores
@@ -104,19 +115,27 @@ def command(
         cache_dtype=getattr(torch, cache_dtype) if cache_dtype else None,
     )
     torch.set_num_threads(threads or cores())
-    from writehead.convert.load import load
-    from writehead.decode.engine import TorchEngine
+    from writehead.engines import open_engine
 
-    loaded = load(model, dtype=getattr(torch, dtype), memory_bytes=available_memory())
-    ids = _ids(loaded, text, chat, system)
-    engine = TorchEngine(loaded.model, compile=compile)  # type: ignore[arg-type]  # it refuses encoders itself
-    limit = _bandwidth(engine) if roofline else None
+    opened = open_engine(
+        model,
+        dtype=dtype,
+        engine=engine,
+        cache_dtype=options.cache_dtype,
+        threads=threads,
+        compile=compile,
+        memory_bytes=available_memory(),
+    )
+    ids = _ids(opened, text, chat, system)
+    limit = _bandwidth(opened) if roofline else None
+    if opened.engine.name == "native":
+        torch.set_num_threads(1)  # torch's own threads would fight with the engine's
     with _warnings():
-        generations, timings, whole = _run(engine, loaded, ids, options, stream=not as_json)
+        generations, timings, whole = _run(opened, ids, options, stream=not as_json)
     if as_json:
-        _print_json(model, dtype, len(ids), generations, timings, limit)
+        _print_json(model, opened, len(ids), generations, timings, limit)
     else:
-        typer.echo(_report(timings, limit), err=True)
+        typer.echo(f"{_report(timings, limit)} ({opened.why})", err=True)
     if not whole:
         raise KeyboardInterrupt
 
@@ -129,7 +148,8 @@ def _text(prompt: str | None) -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
-def _check(option: str, given: str, accepted: tuple[str, ...]) -> None:
+def check(option: str, given: str, accepted: tuple[str, ...]) -> None:
+    """Raise, as typer wishes, unless an option has one of its values."""
     from writehead.core.shapes import check_choice
 
     try:
@@ -147,7 +167,7 @@ def _options(**values: Any) -> "Options":
         raise typer.BadParameter(str(error)) from error
 
 
-def _ids(loaded: "Loaded", text: str, chat: bool, system: str | None) -> list[int]:
+def _ids(loaded: "Opened", text: str, chat: bool, system: str | None) -> list[int]:
     if loaded.tokenizer is None:
         raise ValueError(f"{loaded.source} has no tokenizer, so it can read no text")
     if not chat:
@@ -158,13 +178,13 @@ def _ids(loaded: "Loaded", text: str, chat: bool, system: str | None) -> list[in
     return loaded.tokenizer.encode(loaded.tokenizer.chat(messages), bos=False)
 
 
-def _bandwidth(engine: "TorchEngine") -> float:
+def _bandwidth(opened: "Opened") -> float:
     """Bytes per second that this machine reads of a working set as large as the weights."""
     import torch
 
     from writehead.bench.machine import WORKING_SETS, read_bandwidth
 
-    size = min(max(engine.weight_bytes(), WORKING_SETS[0]), WORKING_SETS[-1])
+    size = min(max(opened.engine.weight_bytes(), WORKING_SETS[0]), WORKING_SETS[-1])
     return read_bandwidth(size, torch.get_num_threads())
 
 
@@ -178,16 +198,16 @@ def _warnings() -> Iterator[None]:
 
 
 def _run(
-    engine: "TorchEngine", loaded: "Loaded", ids: list[int], options: "Options", stream: bool
+    opened: "Opened", ids: list[int], options: "Options", stream: bool
 ) -> tuple[list["Generation"], "Timings", bool]:
     """Decode, with one text as it comes; the last value says whether it came to its end."""
     from dataclasses import replace
 
     from writehead.decode.generate import Stream
 
-    if engine.reads_source and loaded.tokenizer is not None:
-        options = replace(options, decoder_start_token_id=loaded.tokenizer.pad)
-    run = Stream(engine, [ids], options, loaded.tokenizer, beams=True)
+    if opened.engine.reads_source and opened.tokenizer is not None:
+        options = replace(options, decoder_start_token_id=opened.tokenizer.pad)
+    run = Stream(opened.engine, [ids], options, opened.tokenizer, beams=True)
     alone, whole = options.num_return_sequences == 1 and options.num_beams == 1, True
     try:
         for event in run:
@@ -228,7 +248,7 @@ def _report(t: "Timings", limit: float | None) -> str:
 
 def _print_json(
     model: str,
-    dtype: str,
+    opened: "Opened",
     prompt: int,
     generations: list["Generation"],
     t: "Timings",
@@ -239,8 +259,9 @@ def _print_json(
     print_json(
         {
             "model": model,
-            "dtype": dtype,
+            "dtype": opened.dtype,
             "engine": t.engine,
+            "engine_why": opened.why,
             "prompt_tokens": prompt,
             "generations": [
                 {

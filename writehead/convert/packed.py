@@ -17,6 +17,7 @@ from writehead.convert.packed_files import is_packed, read_packed, write_packed
 from writehead.convert.rules import BadWeights, Checkpoint, Match, make, match_weights, present
 from writehead.convert.tokenizer import Tokenizer
 from writehead.model.parts import weights
+from writehead.native.covers import NotCoveredError, why_not
 from writehead.native.formats import FORMATS, STEPS, Packed, pack, packed, shapes
 from writehead.native.weights import PackedModel, check_format, format_of, in_turns, is_matrix
 
@@ -56,6 +57,7 @@ def load_packed(
 
     Raises:
         ValueError: no such model, or an argument that is refused.
+        NotCoveredError: a model that the native engine does not run.
         BadFile: files that are broken, or hold a model that we do not have.
     """
     path = find(name)
@@ -71,9 +73,11 @@ def load_packed(
         checkpoint, gguf = open_checkpoint(path, torch.float32)
         check_sizes(checkpoint)
         check_format(checkpoint.config, format or FORMATS[0])
+        if (reason := why_not(checkpoint.config)) is not None:
+            raise NotCoveredError(reason)
         model = _pack(checkpoint, format or FORMATS[0], memory_bytes)
         tokenizer = read_tokenizer(path, gguf)
-    except BadFile:
+    except (BadFile, NotCoveredError):
         raise
     except ValueError as error:
         raise BadFile(path, str(error)) from error

@@ -17,8 +17,8 @@ from typing import TypeAlias
 
 Say: TypeAlias = Callable[[str], object]
 
-FOLDER = Path(__file__).parent
-SOURCES = FOLDER / "src"
+SOURCES = Path(__file__).parent / "src"
+FOLDER = Path(os.environ.get("WRITEHEAD_NATIVE") or SOURCES.parent)  # where the libraries are, or will be
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),

@@ -29,7 +29,7 @@ class NativeEngine:
 
     name = "native"
     reads_source = False
-    source_positions = None
+    source_positions: int | None = None
     device = torch.device("cpu")
 
     def __init__(self, model: PackedModel, *, threads: int | None = None) -> None:

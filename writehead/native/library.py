@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 
 from writehead.core import system
@@ -52,23 +51,18 @@ def runnable() -> list[str]:
     return [name for name in instruction_sets() if all(has.get(need) for need in NEEDS[name])]
 
 
-def folder() -> Path:
-    """Where the libraries are: $WRITEHEAD_NATIVE, or beside this file."""
-    return Path(os.environ.get("WRITEHEAD_NATIVE") or FOLDER)
-
-
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The best library for this processor, or None; and its instruction set, or why there is none."""
     names = runnable()
     for name in names:
-        path = folder() / f"libwritehead_{name}.so"
+        path = FOLDER / f"libwritehead_{name}.so"
         if path.exists():
             try:
                 return load(path), name
             except OSError as problem:
                 return None, str(problem)
     return None, (
-        f"{folder()} has no library for {' or '.join(names)}; with a C++ compiler installed, run "
+        f"{FOLDER} has no library for {' or '.join(names)}; with a C++ compiler installed, run "
         "python -m writehead.native.build"
     )
