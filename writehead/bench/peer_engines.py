@@ -72,7 +72,7 @@ def copy_fields(reader: Any, writer: Any, changed: dict[str, int]) -> None:
 
 
 def rewrite_gguf(source: Path, target: Path, kind: str) -> None:
-    """Write the same model with every matrix dequantised, then stored as `kind` (F32, F16, BF16, Q8_0)."""
+    """Write the same model with every matrix dequantised, then stored as `kind`: F32, F16, BF16, Q8_0, Q4_1."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -85,8 +85,11 @@ def rewrite_gguf(source: Path, target: Path, kind: str) -> None:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype("float32")
         if values.ndim == 1 or kind == "F32":
             writer.add_tensor(tensor.name, values)
-        else:
-            writer.add_tensor(tensor.name, gguf.quantize(values, stored), raw_dtype=stored)
+            continue
+        kept = stored
+        if kind == "Q4_1" and tensor.name in ("token_embd.weight", "output.weight"):
+            kept = gguf.GGMLQuantizationType.Q8_0  # 4 bits there cost a model more than they save
+        writer.add_tensor(tensor.name, gguf.quantize(values, kept), raw_dtype=kept)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -172,7 +175,10 @@ class Transformers:
         ).eval()
         self.vocab = self.model.config.vocab_size
         self.faster = {"decode": choices[0], "prefill": choices[0]}
-        trials = {"decode": lambda: self.decode(128, 1, 4), "prefill": lambda: self.prefill([7] * 256)}
+        trials: dict[str, Callable[[], float]] = {
+            "decode": lambda: self.decode(128, 1, 4),
+            "prefill": lambda: self.prefill([7] * 256),
+        }
         seconds: dict[str, dict[str, float]] = {}
         for phase, trial in trials.items() if len(choices) > 1 else ():
             seconds[phase] = {}

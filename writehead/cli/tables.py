@@ -14,29 +14,33 @@ from writehead.cli.output import size, table
 
 
 def decode_table(rows: Sequence[Row]) -> Table:
-    """Tokens per second of each engine, its share of the roofline, and ours over each; ours is the first of a
-    cell."""
-    grid = table("cell", "type", "engine", "tokens/s", "quartiles", "of roofline", "ours / it")
+    """Tokens per second of each engine, half the quartiles' distance, its share of the roofline, and ours over
+    each; ours is the first of a cell and type."""
+    grid = table("cell", "engine", "tokens/s", "+-", "of roofline", "ours / it")
     ours: dict[tuple[object, str], Row] = {}
     for row in rows:
+        if not any(row.dtype == kind for _, kind in ours):
+            grid.add_section()
+            grid.add_row(row.dtype)
         own = ours.setdefault((row.cell, row.dtype), row)
         cell = str(row.cell) if row is own else ""
         if row.timing.error:
-            grid.add_row(cell, row.dtype, row.engine, "failed", row.timing.error[:40], "", "")
+            grid.add_row(cell, row.engine, "failed", "", "", "")
             continue
-        spread = f"{row.tokens / row.timing.q3:.4g} to {row.tokens / row.timing.q1:.4g}"
+        spread = f"{(row.timing.q3 - row.timing.q1) / 2 / row.timing.median:.0%}"
         ratio = "" if row is own else f"{row.timing.median / own.timing.median:.2f}x"
-        share = f"{row.roof_s / row.timing.median:.0%}"
-        grid.add_row(cell, row.dtype, row.engine, f"{row.rate:.4g}", spread, share, ratio)
+        grid.add_row(
+            cell, row.engine, f"{row.rate:.4g}", spread, f"{row.roof_s / row.timing.median:.0%}", ratio
+        )
     return grid
 
 
 def quality_table(rows: Sequence[Quality]) -> Table:
-    """Agreement with float32 and perplexity of each engine."""
-    grid = table("engine", "type", "best token as in float32", "perplexity", "tokens")
+    """How often each engine's best token is that of float32, and its perplexity."""
+    grid = table("engine", "type", "as float32", "perplexity", "tokens")
     for row in rows:
         if row.error:
-            grid.add_row(row.engine, row.dtype, "none", row.error[:40], "")
+            grid.add_row(row.engine, row.dtype, "no logits", "", "")
         else:
             grid.add_row(
                 row.engine, row.dtype, f"{row.agreement:.1%}", f"{row.perplexity:.3f}", str(row.tokens)
