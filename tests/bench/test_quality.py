@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from writehead.bench import quality
-from writehead.bench.quality import Quality, compare, logits, read_text, windows
+from writehead.bench import ours
+from writehead.bench.ours import Ours
+from writehead.bench.quality import Quality, judge, read_text, windows
 from writehead.cli import app
 from writehead.config import ModelConfig
 from writehead.convert.load import save
@@ -37,38 +38,32 @@ def model(seed: int, vocab: int = 30, std: float = 0.5) -> Decoder:
 def test_perplexity_and_agreement_are_those_of_whole_windows(
     piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality, "PIECE", piece)
+    monkeypatch.setattr(ours, "PIECE", piece)
     one, other = model(0), model(0)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.05)
     texts = windows(IDS, 20)
-    found = compare({"one": TorchEngine(one), "other": TorchEngine(other)}, texts)
+    engines = {name: Ours(name, TorchEngine(m)) for name, m in (("one", one), ("other", other))}
+    reference = [engines["one"].score(text) for text in texts]
+    found = [judge(engine, "float64", texts, reference) for engine in engines.values()]
     with torch.no_grad():
         scores = {
-            name: m(torch.stack(texts))[0][:, :-1].log_softmax(-1)
-            for name, m in (("one", one), ("other", other))
+            name: m(torch.tensor(texts))[0].log_softmax(-1) for name, m in (("one", one), ("other", other))
         }
-    targets = torch.stack(texts)[:, 1:]
+    targets = torch.tensor(texts)[:, 1:]
     best = scores["one"].argmax(-1)
     for row in found:
-        wanted = math.exp(-float(scores[row.engine].gather(2, targets[..., None]).mean()))
-        assert row.perplexity == pytest.approx(wanted, rel=1e-6)
+        wanted = math.exp(-float(scores[row.engine][:, :-1].gather(2, targets[..., None]).mean()))
+        assert row.perplexity == pytest.approx(wanted, rel=1e-5)
         assert row.agreement == float((scores[row.engine].argmax(-1) == best).double().mean())
-        assert row.tokens == 57
+        assert row.tokens == 60
     assert found[0].agreement == 1
     assert 0 < found[1].agreement < 1
 
 
-def test_logits_come_in_pieces_that_cover_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "PIECE", 7)
-    window = torch.tensor(IDS[:20])
-    assert [len(piece) for piece in logits(TorchEngine(model(0)), window)] == [1, 7, 7, 4]
-    assert [len(piece) for piece in logits(TorchEngine(model(0)), window[:2])] == [1]
-
-
 def test_windows_follow_each_other_and_leave_the_rest() -> None:
-    assert torch.equal(torch.cat(windows(IDS, 25)), torch.tensor(IDS[:50]))
+    assert windows(IDS, 25) == [IDS[:25], IDS[25:50]]
     for length in (1, 61):
         with pytest.raises(
             ValueError, match=f"windows of {length} tokens: give at least 2, and at most the 60"
@@ -77,8 +72,8 @@ def test_windows_follow_each_other_and_leave_the_rest() -> None:
 
 
 def test_the_standard_error_is_that_of_a_share() -> None:
-    assert Quality("x", 400, 9.0, 0.9).agreement_error == pytest.approx(0.015)
-    assert Quality("x", 400, 9.0, 0.9).to_dict()["agreement_error"] == pytest.approx(0.015)
+    assert Quality("x", "int8", 400, 9.0, 0.9).agreement_error == pytest.approx(0.015)
+    assert Quality("x", "int8", 400, 9.0, 0.9).to_dict()["agreement_error"] == pytest.approx(0.015)
 
 
 def test_texts_are_read_plain_and_compressed_and_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -107,11 +102,10 @@ def test_the_verb_compares_types_of_one_model(tmp_path: Path, capsys: Any) -> No
         app([*arguments, "--json"])
     assert not ended.value.code
     reference, eight = json.loads(capsys.readouterr().out)["qualities"]
-    assert reference["engine"].endswith(" float32")
-    assert eight["engine"].endswith(" int8")
-    assert reference["tokens"] == eight["tokens"] == 62
+    assert (reference["dtype"], eight["dtype"]) == ("float32", "int8")
+    assert reference["tokens"] == eight["tokens"] == 64
     assert eight["perplexity"] == pytest.approx(reference["perplexity"], rel=0.05)
     assert 0.7 < eight["agreement"] <= 1
     with pytest.raises(SystemExit) as ended:
         app(arguments)
-    assert "agrees with the first" in capsys.readouterr().out
+    assert "as float32" in capsys.readouterr().out

@@ -1,32 +1,49 @@
-"""How fast models decode: ours in cells of batch and context, beside the roofline and beside other engines.
+"""How fast models decode: our engines in cells of batch and context, beside the roofline and other engines.
 
 Every cell is measured in turns (ours, peer, peer, ours, ...), so a noisy machine meets all engines alike;
 ratios of one run are firm, absolute figures are not. Each figure stands beside its limit: the larger of
 bytes over bandwidth and operations over rate, both measured in the same run.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 
 from writehead.bench.machine import Roofs, roofline_seconds
 from writehead.bench.measure import Case, Timing, alternate
+from writehead.bench.neighbour import Beside, beside
+from writehead.bench.ours import FLOATS, Ours, Scores, contestants
 from writehead.bench.peers import DTYPES, Peer, Weights
-from writehead.core.cache import KV, Store
+from writehead.bench.quality import Quality, judge
+from writehead.core.cache import Store
 from writehead.core.work import Call
 from writehead.costs import costs
-from writehead.decode.engine import TorchEngine
-from writehead.model.decoder import Decoder, DecodeState
+from writehead.model.decoder import Decoder
 
-OURS = "writehead"
+KINDS = (*FLOATS, "int8", "int4")
 STEPS = 8  # decode steps of one sample
+BUDGET_S = 90.0  # a cell that takes longer gets two rounds
 Say = Callable[[str], None]
+
+
+class Contestant(Protocol):
+    """What can be measured: one of our engines or a peer."""
+
+    name: str
+
+    def prefill(self, ids: Sequence[int]) -> float:
+        """Seconds from an empty cache to the logits of the last token."""
+
+    def decode(self, context: int, batch: int, new_tokens: int) -> float:
+        """Seconds of a step."""
+
+    def score(self, ids: Sequence[int]) -> Scores:
+        """Best next tokens and log-probabilities of a text."""
 
 
 class Cell(NamedTuple):
@@ -43,6 +60,18 @@ class Cell(NamedTuple):
     def __str__(self) -> str:
         return f"prefill {self.context}" if self.prefill else f"batch {self.batch}, context {self.context}"
 
+    @classmethod
+    def read(cls, text: str) -> "Cell":
+        """The cell that "16@128" or "prefill@1024" names.
+
+        Raises:
+            ValueError: another form.
+        """
+        batch, _, context = text.partition("@")
+        if context.isdigit() and int(context) and (batch == "prefill" or (batch.isdigit() and int(batch))):
+            return cls(0 if batch == "prefill" else int(batch), int(context))
+        raise ValueError(f"cell {text!r} is not BATCH@CONTEXT or prefill@TOKENS, for instance 1@128")
+
 
 CELLS = (Cell(1, 128), Cell(1, 2048), Cell(16, 128), Cell(64, 128), Cell(0, 1024), Cell(0, 4096))
 
@@ -55,7 +84,8 @@ class Row:
         engine, dtype, cell: what was measured.
         timing: seconds of a step, or of a whole prefill.
         tokens: tokens of that step or prefill.
-        roof_s: the least time the machine allows for it; the same for all engines of a type.
+        roof_s: the least time the machine allows for it with our weights and caches; the same for all engines
+            of a type.
     """
 
     engine: str
@@ -84,146 +114,152 @@ class Row:
         }
 
 
-def filled(model: Decoder, batch: int, context: int, spare: int) -> DecodeState:
-    """A state as if each row held `context` tokens, with room for `spare` more, filled without computing
-    them.
+def case(contestant: Contestant, cell: Cell, vocab: int) -> Case:
+    """A callable that runs the cell once and gives its seconds."""
+    if cell.prefill:
+        return partial(contestant.prefill, [token % (vocab - 1) for token in range(cell.context)])
+    return partial(contestant.decode, cell.context, cell.batch, STEPS)
 
-    Raises:
-        ValueError: a layer that keeps something else than keys and values.
+
+def roofline(
+    model: Decoder, cell: Cell, roofs: Roofs, dtype: str, weight_bytes: int, cache: torch.dtype
+) -> float:
+    """The least seconds of a cell.
+
+    Args:
+        model: its shape.
+        cell: what is measured.
+        roofs: of this machine, of this run.
+        dtype: of the weights; products may run in the fastest type that loses none of it.
+        weight_bytes: that a step reads; 0 = float32 weights.
+        cache: type of keys and values.
     """
-    state = model.init_state(batch, Store(capacity=context + spare))
-    pos: dict[int, Tensor] = {}
-    layers = []
-    for kv, memory in state.layers:
-        if not isinstance(kv, KV) or kv.layout.window is not None or kv.scales is not None:
-            raise ValueError("only growing float caches can be filled without computing their tokens")
-        if id(kv.pos) not in pos:
-            pos[id(kv.pos)] = kv.pos.clone()
-            pos[id(kv.pos)][:, :context] = torch.arange(context)
-        for values in (kv.k, kv.v):
-            values[:, :, :context] = torch.randn(values.shape[-1]).to(values)
-        layers.append((replace(kv, pos=pos[id(kv.pos)], used=context), memory))
-    return DecodeState(torch.full_like(state.pos, context), tuple(layers))
-
-
-def our_case(model: Decoder, cell: Cell, steps: int = STEPS) -> Case:
-    """A callable that runs the cell on our engine and returns its seconds; the cache is filled once, then
-    reused."""
-    import time
-
-    engine = TorchEngine(model)
-    if cell.prefill:
-        prompt = (torch.arange(cell.context) % (engine.vocab - 1))[None]
-
-        def prefill() -> float:
-            start = time.perf_counter()
-            engine.start(prompt, Store(capacity=cell.context))
-            return time.perf_counter() - start
-
-        return prefill
-    with torch.inference_mode():
-        held: list[DecodeState] = [filled(model, cell.batch, cell.context, steps)]
-
-    def decode() -> float:
-        from writehead.core.state import rewind
-
-        tokens, state = torch.full((cell.batch,), 7), held.pop()
-        start = time.perf_counter()
-        for _ in range(steps):
-            logits, state = engine.step(tokens, state)
-            tokens = logits.argmax(-1)
-        seconds = time.perf_counter() - start
-        with torch.inference_mode():
-            held.append(rewind(state, steps))
-        return seconds / steps
-
-    return decode
-
-
-def peer_case(peer: Peer, cell: Cell, vocab: int) -> Case:
-    """The same of another engine."""
-    if cell.prefill:
-        return partial(peer.prefill, [token % (vocab - 1) for token in range(cell.context)])
-    return partial(peer.decode, cell.context, cell.batch, STEPS)
-
-
-def roofline(model: Decoder, cell: Cell, roofs: Roofs, dtype: torch.dtype) -> float:
-    """The least seconds of a step, or of a prefill, of which only the last token passes the output matrix."""
-    name = str(dtype).removeprefix("torch.")
     call = Call(
         batch=max(cell.batch, 1),
         tokens=cell.context if cell.prefill else 1,
         context=0 if cell.prefill else cell.context,
-        itemsize=dtype.itemsize,
+        logits=1,
+        store=Store(dtype=cache),
     )
-    cost, flops = costs(model, call), 0
-    if cell.prefill:
-        flops = 2 * (cell.context - 1) * model.config.vocab * model.config.dim
-    return roofline_seconds(cost.moved, cost.flops - flops, roofs, cost.moved, dtype=name)
+    cost = costs(model, call)
+    moved = cost.moved + (weight_bytes - cost.weight_bytes if weight_bytes else 0)
+    kinds = {"float32", "int8" if dtype in ("int8", "int4") else dtype} & set(roofs.matmul)
+    fastest = max(kinds, key=roofs.rate)
+    return roofline_seconds(moved, cost.flops, roofs, moved, dtype=fastest)
 
 
 def compare(
     model: Decoder,
-    dtype: torch.dtype,
+    kind: str,
     cells: Iterable[Cell],
     roofs: Roofs,
+    ours: Sequence[Ours],
     peers: Sequence[Peer] = (),
     *,
     rounds: int = 5,
     say: Say = lambda text: None,
 ) -> list[Row]:
-    """Measure each cell on our engine and on loaded peers, in turns.
+    """Measure each cell on our engines and on loaded peers, in turns.
 
     Args:
-        model: with weights of `dtype`.
-        dtype: of all engines.
+        model: its shape.
+        kind: type of the weights of all engines.
         cells: what to measure.
         roofs: of this machine, of this run.
+        ours: our engines, the one to compare others with first.
         peers: loaded with the same weights.
-        rounds: samples of each engine and cell.
+        rounds: samples of each engine and cell; two for a cell that takes long.
         say: told what happens, before it happens.
     """
     rows = []
     for cell in cells:
-        say(f"{dtype}: {cell}".removeprefix("torch."))
-        cases: dict[str, Case] = {OURS: our_case(model, cell)}
-        cases |= {peer.name: peer_case(peer, cell, model.config.vocab) for peer in peers}
-        timings = alternate(cases, rounds, min_seconds=0.0, max_rounds=rounds)
-        tokens, roof = cell.context if cell.prefill else cell.batch, roofline(model, cell, roofs, dtype)
-        name = str(dtype).removeprefix("torch.")
-        rows += [Row(engine, name, cell, timing, tokens, roof) for engine, timing in timings.items()]
+        say(f"{kind}: {cell}")
+        entrants: list[Contestant] = [*ours, *peers]
+        cases = {entrant.name: case(entrant, cell, model.config.vocab) for entrant in entrants}
+        timings = alternate(cases, rounds, min_seconds=0.0, max_rounds=rounds, budget_s=BUDGET_S)
+        tokens = cell.context if cell.prefill else cell.batch
+        roof = roofline(
+            model, cell, roofs, kind, ours[0].engine.weight_bytes(), ours[0].cache or torch.float32
+        )
+        rows += [Row(engine, kind, cell, timing, tokens, roof) for engine, timing in timings.items()]
     return rows
 
 
-def with_peers(
-    models: Mapping[torch.dtype, Decoder],
-    weights: Weights,
-    folder: Path,
-    names: Sequence[str],
-    python: str,
-    cells: Sequence[Cell],
-    roofs: Roofs,
-    *,
-    rounds: int,
-    say: Say,
-) -> tuple[list[Row], dict[str, Any]]:
-    """`compare` for each type, with the peers that can load it; facts of each peer, or why it is missing."""
+@dataclass(frozen=True)
+class Run:
+    """What to measure.
+
+    Attributes:
+        model: float32 weights.
+        kinds: types of weights, out of KINDS.
+        cells: batches and contexts.
+        peers: names of other engines, in `python`, on `weights` whose converted forms stay in `folder`.
+        text: token pieces on which the engines are judged; none = speed only.
+        rounds, threads: samples, and threads of every engine.
+    """
+
+    model: Decoder
+    kinds: Sequence[str]
+    cells: Sequence[Cell]
+    peers: Sequence[str] = ()
+    python: str = ""
+    weights: Weights | None = None
+    folder: Path = Path()
+    text: Sequence[list[int]] = ()
+    rounds: int = 5
+    threads: int = 1
+
+
+def measure(run: Run, roofs: Roofs, say: Say) -> tuple[list[Row], list[Quality], dict[str, Any]]:
+    """Rows and qualities of all engines, and facts of each peer, or why it is missing."""
     rows: list[Row] = []
+    judged: list[Quality] = []
     facts: dict[str, Any] = {}
-    for dtype, model in models.items():
-        name = str(dtype).removeprefix("torch.")
+    reference: list[Scores] = []
+    for kind in run.kinds:
         with ExitStack() as stack:
-            ready = []
-            for peer_name in names:
-                if name not in DTYPES[peer_name]:
-                    facts[f"{peer_name} {name}"] = f"not offered (offers {', '.join(DTYPES[peer_name])})"
-                    continue
-                say(f"{name}: loading {peer_name}")
-                peer = stack.enter_context(Peer(peer_name, python))
-                try:
-                    facts[f"{peer_name} {name}"] = peer.load(weights, folder, name, roofs.threads)
-                    ready.append(peer)
-                except RuntimeError as error:
-                    facts[f"{peer_name} {name}"] = str(error)
-            rows += compare(model, dtype, cells, roofs, ready, rounds=rounds, say=say)
-    return rows, facts
+            ours = list(contestants(run.model, kind, run.threads))
+            peers = list(_peers(run, kind, stack, facts, say))
+            if run.text and not reference:
+                say("scoring the text in float32")
+                exact = (
+                    ours[-1]
+                    if kind == "float32"
+                    else list(contestants(run.model, "float32", run.threads))[-1]
+                )
+                reference = [exact.score(piece) for piece in run.text]
+            rows += compare(run.model, kind, run.cells, roofs, ours, peers, rounds=run.rounds, say=say)
+            entrants: list[Contestant] = [*ours, *peers]
+            for entrant in entrants if run.text else ():
+                say(f"{kind}: {entrant.name} reads the text")
+                judged.append(judge(entrant, kind, run.text, reference))
+    return rows, judged, facts
+
+
+def _peers(run: Run, kind: str, stack: ExitStack, facts: dict[str, Any], say: Say) -> Iterable[Peer]:
+    assert run.weights is not None or not run.peers
+    for name in run.peers:
+        if kind not in DTYPES[name]:
+            facts[f"{name} {kind}"] = f"not offered (offers {', '.join(DTYPES[name])})"
+            continue
+        say(f"{kind}: loading {name}")
+        peer = stack.enter_context(Peer(name, run.python))
+        try:
+            facts[f"{name} {kind}"] = peer.load(run.weights, run.folder, kind, run.threads)  # type: ignore[arg-type]
+            yield peer
+        except RuntimeError as error:
+            facts[f"{name} {kind}"] = str(error)
+
+
+def beside_busy(run: Run, say: Say) -> list[Beside]:
+    """Decoding at batch 1 in int8 beside one busy core: our native engine and llama.cpp."""
+    kind, facts = "int8", dict[str, Any]()
+    cell = Cell(1, 128)
+    with ExitStack() as stack:
+        entrants: list[Contestant] = list(contestants(run.model, kind, run.threads))
+        entrants += _peers(
+            replace(run, peers=[p for p in run.peers if p == "llama.cpp"]), kind, stack, facts, say
+        )
+        say(f"{kind}: {cell} beside a busy core")
+        cases = {each.name: case(each, cell, run.model.config.vocab) for each in entrants}
+        return beside(cases, rounds=run.rounds)

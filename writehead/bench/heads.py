@@ -6,20 +6,25 @@ part by their ratio. The prediction is the roofline of this machine; a measured 
 heads would mean that the multi-head baseline is badly laid out, not that fewer bytes were moved.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from writehead.bench.decode import Cell, our_case, roofline
+from writehead.bench.decode import Cell, roofline
 from writehead.bench.machine import Roofs
-from writehead.bench.measure import Timing, alternate
+from writehead.bench.measure import Case, Timing, alternate
 from writehead.config import ModelConfig
+from writehead.core.cache import KV, Store
+from writehead.core.state import rewind
 from writehead.core.system import available_memory
 from writehead.core.work import Call
 from writehead.costs import skeleton, state_bytes
-from writehead.model.decoder import Decoder
+from writehead.decode.engine import TorchEngine
+from writehead.model.decoder import Decoder, DecodeState
 
 SIXTEEN = ModelConfig(
     vocab=32000,
@@ -107,7 +112,7 @@ def grid(
                     fits.append(kv)
             cell = Cell(batch, context)
             timings = alternate(
-                {str(kv): our_case(models[kv], cell, steps) for kv in fits},
+                {str(kv): step_case(models[kv], cell, steps) for kv in fits},
                 rounds,
                 min_seconds=0,
                 max_rounds=rounds,
@@ -115,8 +120,51 @@ def grid(
             cells += [
                 Shared(
                     heads, kv, batch, context, timings.get(str(kv)),
-                    roofline(models[kv], cell, roofs, torch.float32), held[kv],
+                    roofline(models[kv], cell, roofs, "float32", 0, torch.float32), held[kv],
                 )
                 for kv in models
             ]  # fmt: skip
     return cells
+
+
+def filled(model: Decoder, batch: int, context: int, spare: int) -> DecodeState:
+    """A state as if each row held `context` tokens, with room for `spare` more, filled without computing
+    them.
+
+    Raises:
+        ValueError: a layer that keeps something else than keys and values.
+    """
+    state = model.init_state(batch, Store(capacity=context + spare))
+    pos: dict[int, Tensor] = {}
+    layers = []
+    for kv, memory in state.layers:
+        if not isinstance(kv, KV) or kv.layout.window is not None or kv.scales is not None:
+            raise ValueError("only growing float caches can be filled without computing their tokens")
+        if id(kv.pos) not in pos:
+            pos[id(kv.pos)] = kv.pos.clone()
+            pos[id(kv.pos)][:, :context] = torch.arange(context)
+        for values in (kv.k, kv.v):
+            values[:, :, :context] = torch.randn(values.shape[-1]).to(values)
+        layers.append((replace(kv, pos=pos[id(kv.pos)], used=context), memory))
+    return DecodeState(torch.full_like(state.pos, context), tuple(layers))
+
+
+def step_case(model: Decoder, cell: Cell, steps: int) -> Case:
+    """A callable that decodes `steps` tokens on the PyTorch engine and gives the seconds of one; the cache is
+    filled once, then reused."""
+    engine = TorchEngine(model)
+    with torch.inference_mode():
+        held: list[DecodeState] = [filled(model, cell.batch, cell.context, steps)]
+
+    def decode() -> float:
+        tokens, state = torch.full((cell.batch,), 7), held.pop()
+        start = time.perf_counter()
+        for _ in range(steps):
+            logits, state = engine.step(tokens, state)
+            tokens = logits.argmax(-1)
+        seconds = time.perf_counter() - start
+        with torch.inference_mode():
+            held.append(rewind(state, steps))
+        return seconds / steps
+
+    return decode

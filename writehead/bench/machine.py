@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 import writehead
 from writehead.core import system
@@ -26,7 +25,11 @@ from writehead.version import VERSION
 
 WORKING_SETS = tuple(2**20 * size for size in (16, 64, 128, 256, 512, 1024))
 MATRIX_ROWS = (1, 16, 64)  # beside the square product, which is the limit
-SQUARE = {torch.float32: 2048, torch.bfloat16: 1024}  # bfloat16 is ten times slower where it is emulated
+SQUARE = {
+    torch.float32: 2048,
+    torch.bfloat16: 1024,
+    torch.int8: 2048,
+}  # bfloat16 is ten times slower where it is emulated
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,9 @@ def matmul_rate(dtype: torch.dtype, M: int, threads: int) -> float:
         raise ValueError(f"M={M} must be at least 1")
     K = max(M, 1024)  # 1024 keeps the matrix in cache, so a thin product is not a bandwidth test
     x, w = torch.ones(M, K, dtype=dtype), torch.ones(K, K, dtype=dtype)
+    product = torch._int_mm if dtype == torch.int8 else torch.mm
     with torch_threads(threads), torch.inference_mode():
-        return 2 * M * K * K / fastest(lambda: F.linear(x, w), 0.04)
+        return 2 * M * K * K / fastest(lambda: product(x, w.t()), 0.04)
 
 
 @functools.cache
@@ -183,7 +187,7 @@ def roofs(threads: int | None = None, largest: int = WORKING_SETS[-1]) -> Roofs:
         largest: bytes of the largest working set; sets that would not fit in half the memory are left out.
 
     Returns:
-        Bandwidth by working set and matrix rates in float32 and bfloat16.
+        Bandwidth by working set and matrix rates in float32, bfloat16 and int8.
 
     Raises:
         ValueError: `largest` below the smallest working set.

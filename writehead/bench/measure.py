@@ -128,6 +128,7 @@ def alternate(
     min_seconds: float = 0.3,
     *,
     max_rounds: int | None = None,
+    budget_s: float = math.inf,
     progress: Progress | None = None,
 ) -> dict[str, Timing]:
     """Measure competing callables in turns (A B C, A B C, ...), so that drift of the machine meets all alike.
@@ -138,6 +139,7 @@ def alternate(
         warmup: untimed calls of each case before the first round.
         min_seconds: wall time of one sample, within which a case is called again and again.
         max_rounds: rounds at most, when some are disturbed by other processes; None is twice `rounds`.
+        budget_s: seconds after which no further round begins, once there are two.
         progress: called before every turn with the name, the round from 0 and the rounds planned.
 
     Returns:
@@ -159,7 +161,10 @@ def alternate(
     def clean(name: str) -> int:
         return sum((sample.foreign_cores or 0.0) <= FOREIGN_CORES for sample in samples[name])
 
+    began = time.perf_counter()
     for index in range(limit):
+        if index >= 2 and time.perf_counter() - began > budget_s:
+            break
         running = [name for name in cases if name not in errors]
         if index >= rounds and all(clean(name) >= rounds for name in running):
             break

@@ -19,12 +19,28 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 Rows = list[list[int]]
+Scored = dict[str, list[Any]]
 
 
 def rows_of(vocab: int, batch: int, context: int) -> Rows:
     """`batch` rows of `context` tokens drawn with a fixed seed; which tokens they are changes no time."""
     draw = random.Random(0)
     return [[draw.randrange(vocab) for _ in range(context)] for _ in range(batch)]
+
+
+def scored(logits: Any, ids: list[int]) -> Scored:
+    """The best next token after each of `ids`, and the log-probability of each but the first.
+
+    Args:
+        logits: numpy, (tokens, vocab).
+        ids: the tokens.
+    """
+    import numpy
+
+    wide = logits.astype(numpy.float64)
+    total = numpy.log(numpy.exp(wide - wide.max(-1, keepdims=True)).sum(-1)) + wide.max(-1)
+    own = wide[numpy.arange(len(ids) - 1), ids[1:]] - total[:-1]
+    return {"best": [int(token) for token in logits.argmax(-1)], "logprobs": [float(x) for x in own]}
 
 
 def built(path: Path, build: Callable[[Path], object]) -> Path:
@@ -44,17 +60,24 @@ def accepted(dtype: str, formats: dict[str, str], engine: str) -> str:
     return formats[dtype]
 
 
+def copy_fields(reader: Any, writer: Any, changed: dict[str, int]) -> None:
+    """Give a GGUF writer what a GGUF says of its model, with some values changed."""
+    import gguf
+
+    own = ("general.architecture", "general.file_type", "general.quantization_version")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in own:
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, changed.get(name, field.contents()), field.types[0], inner)
+
+
 def rewrite_gguf(source: Path, target: Path, kind: str) -> None:
-    """Write the same model with every matrix dequantised, then stored as `kind` (F32, F16, BF16, Q8_0)."""
+    """Write the same model with every matrix dequantised, then kept as `kind`: F32, F16, BF16, Q8_0, Q4_1."""
     import gguf
 
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        own = ("general.architecture", "general.file_type", "general.quantization_version")
-        if not name.startswith("GGUF.") and name not in own:
-            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    copy_fields(reader, writer, {})
     stored = gguf.GGMLQuantizationType[kind]
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -62,8 +85,47 @@ def rewrite_gguf(source: Path, target: Path, kind: str) -> None:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype("float32")
         if values.ndim == 1 or kind == "F32":
             writer.add_tensor(tensor.name, values)
-        else:
-            writer.add_tensor(tensor.name, gguf.quantize(values, stored), raw_dtype=stored)
+            continue
+        kept = stored
+        if kind == "Q4_1" and tensor.name in ("token_embd.weight", "output.weight"):
+            kept = gguf.GGMLQuantizationType.Q8_0  # 4 bits there cost a model more than they save
+        writer.add_tensor(tensor.name, gguf.quantize(values, kept), raw_dtype=kept)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def random_llama(
+    source: Path, target: Path, *, dim: int, depth: int, heads: int, kv_heads: int, hidden: int
+) -> None:
+    """Write a Llama of random float32 weights with the tokenizer of another.
+
+    Args:
+        source: a GGUF of a Llama, whose tokenizer and constants are taken.
+        target: the file to write.
+        dim, depth, heads, kv_heads, hidden: the shape.
+    """
+    import gguf
+    import numpy
+
+    draw, reader = numpy.random.default_rng(0), gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "llama")
+    shape = {"embedding_length": dim, "block_count": depth, "feed_forward_length": hidden,
+             "attention.head_count": heads, "attention.head_count_kv": kv_heads,
+             "rope.dimension_count": dim // heads}  # fmt: skip
+    copy_fields(reader, writer, {f"llama.{name}": value for name, value in shape.items()})
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    vocab, key = len(reader.fields["tokenizer.ggml.tokens"].data), dim // heads * kv_heads
+    matrices = {"attn_q": (dim, dim), "attn_k": (key, dim), "attn_v": (key, dim), "attn_output": (dim, dim),
+                "ffn_gate": (hidden, dim), "ffn_up": (hidden, dim), "ffn_down": (dim, hidden)}  # fmt: skip
+    named = {"token_embd": (vocab, dim)}
+    named |= {f"blk.{i}.{name}": size for i in range(depth) for name, size in matrices.items()}
+    for name, size in named.items():
+        values = draw.standard_normal(size, dtype=numpy.float32)
+        writer.add_tensor(f"{name}.weight", values * numpy.float32(size[1] ** -0.5))
+    for name in ("output_norm", *(f"blk.{i}.{n}" for i in range(depth) for n in ("attn_norm", "ffn_norm"))):
+        writer.add_tensor(f"{name}.weight", numpy.ones(dim, numpy.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -71,7 +133,7 @@ def rewrite_gguf(source: Path, target: Path, kind: str) -> None:
 
 
 class Transformers:
-    """Hugging Face transformers on PyTorch: a DynamicCache, the faster of eager and SDPA attention."""
+    """Hugging Face transformers on PyTorch: a DynamicCache, in each phase the faster of eager and SDPA."""
 
     package = "transformers"
     formats: ClassVar = {"float32": "float32", "bfloat16": "bfloat16"}
@@ -112,13 +174,19 @@ class Transformers:
             path, dtype=kind, attn_implementation=choices[0]
         ).eval()
         self.vocab = self.model.config.vocab_size
-        seconds = {}
-        for choice in choices if len(choices) > 1 else ():
-            self.model.set_attn_implementation(choice)
-            seconds[choice] = statistics.median(self.decode(128, 1, 4) for _ in range(4))
-        best = min(seconds, key=lambda choice: seconds[choice], default=choices[0])
-        self.model.set_attn_implementation(best)
-        return {"weights": dtype, "compute": dtype, "attention": best, "tried_s": seconds}
+        self.faster = {"decode": choices[0], "prefill": choices[0]}
+        trials: dict[str, Callable[[], float]] = {
+            "decode": lambda: self.decode(128, 1, 4),
+            "prefill": lambda: self.prefill([7] * 256),
+        }
+        seconds: dict[str, dict[str, float]] = {}
+        for phase, trial in trials.items() if len(choices) > 1 else ():
+            seconds[phase] = {}
+            for choice in choices:
+                self.faster[phase] = choice
+                seconds[phase][choice] = statistics.median(trial() for _ in range(4))
+            self.faster[phase] = min(choices, key=lambda choice: seconds[phase][choice])
+        return {"weights": dtype, "compute": dtype, "attention": self.faster, "tried_s": seconds}
 
     def _step(self, ids: Any, cache: Any) -> Any:
         with self.torch.inference_mode():
@@ -131,12 +199,14 @@ class Transformers:
         return DynamicCache(config=self.model.config)
 
     def prefill(self, ids: list[int]) -> float:
+        self.model.set_attn_implementation(self.faster["prefill"])
         tokens, cache = self.torch.tensor([ids]), self._cache()
         start = time.perf_counter()
         self._step(tokens, cache)
         return time.perf_counter() - start
 
     def decode(self, context: int, batch: int, new_tokens: int) -> float:
+        self.model.set_attn_implementation(self.faster["decode"])
         if self.key != (context, batch):
             self.cache = self._cache()
             self.first = self._step(self.torch.tensor(rows_of(self.vocab, batch, context)), self.cache)
@@ -155,17 +225,17 @@ class Transformers:
             found.append(int(tokens))
         return found
 
-    def argmax(self, ids: list[int]) -> list[int]:
+    def score(self, ids: list[int]) -> Scored:
         with self.torch.inference_mode():
             logits = self.model(input_ids=self.torch.tensor([ids]), use_cache=False).logits[0]
-            return [int(token) for token in logits.argmax(-1)]
+        return scored(logits.float().numpy(), ids)
 
 
 class LlamaCpp:
     """llama.cpp through its low-level batch interface, flash attention off, one stream of cache per row."""
 
     package = "llama-cpp-python"
-    formats: ClassVar = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "stored": "stored"}
+    formats: ClassVar = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "Q4_1"}
     n_batch = 2048
 
     def prepare(self, directory: str, gguf: str | None, folder: str, dtype: str) -> str:
@@ -173,8 +243,6 @@ class LlamaCpp:
         if gguf is None:
             raise ValueError("llama.cpp needs a GGUF file of the model; none was given")
         target = Path(folder) / f"{Path(gguf).stem}-{kind}.gguf"
-        if kind == "stored":
-            return gguf
         return str(built(target, lambda path: rewrite_gguf(Path(gguf), path, kind)))
 
     def load(self, path: str, dtype: str, threads: int) -> dict[str, Any]:
@@ -212,6 +280,13 @@ class LlamaCpp:
 
     def _run(self, tokens: Sequence[tuple[int, int, int, bool]]) -> list[int]:
         """Evaluate (token, position, row, wants logits); the best next token of each that wants logits."""
+        self._evaluate(tokens)
+        return [int(self._logits(i).argmax()) for i, token in enumerate(tokens) if token[3]]
+
+    def _logits(self, i: int) -> Any:
+        return self.np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, i), (self.vocab,))
+
+    def _evaluate(self, tokens: Sequence[tuple[int, int, int, bool]]) -> None:
         batch = self.api.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, (token, pos, row, wants) in enumerate(tokens):
@@ -221,16 +296,13 @@ class LlamaCpp:
         self.api.llama_batch_free(batch)
         if code:
             raise RuntimeError(f"llama_decode returned {code}")
-        wanted = [i for i, token in enumerate(tokens) if token[3]]
-        pointers = (self.api.llama_get_logits_ith(self.context, i) for i in wanted)
-        return [int(self.np.ctypeslib.as_array(pointer, (self.vocab,)).argmax()) for pointer in pointers]
 
-    def _feed(self, ids: list[int], row: int, every: bool = False) -> list[int]:
+    def _feed(self, ids: list[int], row: int) -> list[int]:
         best: list[int] = []
         for at in range(0, len(ids), self.n_batch):
             piece = ids[at : at + self.n_batch]
             last = len(ids) - 1
-            best += self._run([(t, at + i, row, every or at + i == last) for i, t in enumerate(piece)])
+            best += self._run([(t, at + i, row, at + i == last) for i, t in enumerate(piece)])
         return best
 
     def prefill(self, ids: list[int]) -> float:
@@ -262,9 +334,10 @@ class LlamaCpp:
             found += self._run([(found[-1], len(ids) + len(found) - 1, 0, True)])
         return found
 
-    def argmax(self, ids: list[int]) -> list[int]:
+    def score(self, ids: list[int]) -> Scored:
         self._open(1, len(ids))
-        return self._feed(ids, 0, every=True)
+        self._evaluate([(token, i, 0, True) for i, token in enumerate(ids)])
+        return scored(self.np.stack([self._logits(i) for i in range(len(ids))]), ids)
 
 
 class CTranslate2:
@@ -328,25 +401,22 @@ class CTranslate2:
     def greedy(self, ids: list[int], n: int) -> list[int]:
         return self._generate([ids], n)[0][0]
 
-    def argmax(self, ids: list[int]) -> list[int]:
+    def score(self, ids: list[int]) -> Scored:
         import numpy
 
-        logits = numpy.asarray(self.model.forward_batch([ids]))[0]
-        return [int(token) for token in logits.argmax(-1)]
+        return scored(numpy.asarray(self.model.forward_batch([ids]))[0], ids)
 
 
 class OpenVINO:
     """OpenVINO GenAI's pipeline on a GGUF; its reader knows no F32, so float32 means F16 weights, widened."""
 
     package = "openvino-genai"
-    formats: ClassVar = {"float32": "F16", "int8": "Q8_0", "stored": "stored"}
+    formats: ClassVar = {"float32": "F16", "int8": "Q8_0", "int4": "Q4_1"}
 
     def prepare(self, directory: str, gguf: str | None, folder: str, dtype: str) -> str:
         kind = accepted(dtype, self.formats, self.package)
         if gguf is None:
             raise ValueError("OpenVINO GenAI is run from a GGUF file of the model; none was given")
-        if kind == "stored":
-            return gguf
         target = Path(folder) / f"{Path(gguf).stem}-{kind}.gguf"
         return str(built(target, lambda path: rewrite_gguf(Path(gguf), path, kind)))
 
@@ -403,7 +473,7 @@ ENGINES: dict[str, type[Any]] = {
     "ctranslate2": CTranslate2,
     "openvino": OpenVINO,
 }
-OPERATIONS = ("dequantise", "prepare", "load", "prefill", "decode", "greedy", "argmax")
+OPERATIONS = ("dequantise", "prepare", "load", "prefill", "decode", "greedy", "score")
 
 
 def answer(engine: Any, op: str, args: dict[str, Any]) -> Any:

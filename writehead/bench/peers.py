@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from writehead.bench import peer_engines
+from writehead.bench.ours import Scores
 from writehead.bench.worker import CaseError, Worker
 
 PEERS = tuple(peer_engines.ENGINES)
@@ -125,10 +126,10 @@ class Peer:
             raise ValueError(f"n={n} must be at least 1")
         return list(self._worker.call("greedy", timeout_s, ids=list(ids), n=n))
 
-    def argmax(self, ids: Sequence[int], timeout_s: float = 600.0) -> list[int]:
-        """The most likely next token after each of `ids`; CaseError from an engine that shows no logits."""
+    def score(self, ids: Sequence[int], timeout_s: float = 600.0) -> Scores:
+        """What the engine says of the text `ids`; CaseError from one that shows no logits."""
         _some(ids)
-        return list(self._worker.call("argmax", timeout_s, ids=list(ids)))
+        return Scores(**self._worker.call("score", timeout_s, ids=list(ids)))
 
     def close(self) -> None:
         """End the process; harmless when called again."""
@@ -152,7 +153,19 @@ def available(name: str, python: str | Path = sys.executable) -> Availability:
         return Availability(name, None, reason)
 
 
-def weights_of(gguf: Path, folder: Path, python: str | Path = sys.executable) -> Weights:
-    """A GGUF and the same weights as a float32 directory, which transformers writes into `folder` once."""
+def weights_of(
+    gguf: Path, folder: Path, python: str | Path = sys.executable, directory: bool = True
+) -> Weights:
+    """A GGUF and, if wanted, the same weights as a float32 directory, which transformers writes into `folder`
+    once."""
+    if not directory:
+        return Weights(folder, gguf)
     with Peer("transformers", python) as peer:
         return Weights(peer.dequantise(gguf, folder), gguf)
+
+
+def random_model(folder: Path) -> Path:
+    """A GGUF of a Llama of about a billion random float32 weights, with SmolLM2's tokenizer, in `folder`."""
+    target = folder / "random-1b.gguf"
+    peer_engines.random_llama(smollm2_gguf(), target, dim=2048, depth=16, heads=32, kv_heads=8, hidden=8192)
+    return target

@@ -1,24 +1,26 @@
-"""What a cheaper engine costs in quality: agreement with a reference, and perplexity, on the same tokens.
-
-Texts are read in windows, each from the empty past, with the true tokens fed; all tokens of a window but the
-first are predicted. Agreement is the share of places where the most probable token is the reference's.
-"""
+"""How good each engine's answers are, beside its speed: agreement with float32, and perplexity."""
 
 import gzip
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+from writehead.bench.ours import Scores
+from writehead.bench.worker import CaseError
 
-from writehead.core.cache import Store
-from writehead.decode.engine import Engine
+WINDOW = 512  # tokens of one window, each read from the empty past
 
-PIECE = 128  # tokens that one call verifies: bounds the logits
-Say = Callable[[str], None]
+
+class Scorer(Protocol):
+    """An engine that tells what it thinks of a text."""
+
+    name: str
+
+    def score(self, ids: Sequence[int]) -> Scores:
+        """Best next tokens and log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +28,24 @@ class Quality:
     """One engine on one text.
 
     Attributes:
-        engine: its name.
-        tokens: tokens predicted.
-        perplexity: exp of the mean negative log-likelihood of a token.
-        agreement: share of places where its best token is the reference's; 1 for the reference itself.
+        engine, dtype: what ran.
+        tokens: places compared.
+        perplexity: exp of the mean negative log-probability of a token, given those before it in its window.
+        agreement: share of places at which its best next token is that of the float32 reference.
+        error: why there are no figures.
     """
 
     engine: str
+    dtype: str
     tokens: int
     perplexity: float
     agreement: float
+    error: str = ""
 
     @property
     def agreement_error(self) -> float:
         """The standard error of `agreement`, as if places were independent."""
-        return math.sqrt(self.agreement * (1 - self.agreement) / self.tokens)
+        return math.sqrt(self.agreement * (1 - self.agreement) / self.tokens) if self.tokens else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """A form for JSON."""
@@ -56,14 +61,14 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         problem = (isinstance(error, OSError) and error.strerror) or "is no whole gzip file"
         raise ValueError(f"{path}: {problem.lower()}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text (byte {error.start})") from error
 
 
-def windows(ids: Sequence[int], length: int) -> list[Tensor]:
+def windows(ids: Sequence[int], length: int = WINDOW) -> list[list[int]]:
     """Consecutive windows of `length` tokens; what is left over is not used.
 
     Raises:
@@ -71,48 +76,19 @@ def windows(ids: Sequence[int], length: int) -> list[Tensor]:
     """
     if length < 2 or len(ids) < length:
         raise ValueError(f"windows of {length} tokens: give at least 2, and at most the {len(ids)} there are")
-    whole = len(ids) // length * length
-    return list(torch.tensor(ids[:whole], dtype=torch.int64).view(-1, length))
+    return [list(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
 
 
-def logits(engine: Engine, window: Tensor) -> Iterator[Tensor]:
-    """The logits (T, V) after each token of a window (T) but the last, in pieces."""
-    fed = window[None, :-1]
-    first, state = engine.start(fed[:, :1], Store(capacity=len(window)))
-    yield first
-    for piece in fed[:, 1:].split(PIECE, 1):
-        if piece.shape[1]:
-            found, state = engine.verify(piece, state)
-            yield found[0]
-
-
-@torch.inference_mode()
-def compare(
-    engines: Mapping[str, Engine], texts: Sequence[Tensor], *, say: Say = lambda text: None
-) -> list[Quality]:
-    """Measure engines on windows of tokens.
-
-    Args:
-        engines: by name; the first is the reference.
-        texts: from `windows`.
-        say: told what happens.
-    """
-    losses = dict.fromkeys(engines, 0.0)
-    agreed = dict.fromkeys(engines, 0)
-    count = 0
-    for number, window in enumerate(texts, 1):
-        say(f"window {number} of {len(texts)}")
-        best: Tensor | None = None
-        for name, engine in engines.items():
-            chosen, at = [], 1
-            for piece in logits(engine, window):
-                target = window[at : at + len(piece)]
-                wide = piece.to(torch.promote_types(piece.dtype, torch.float32))
-                losses[name] += float(torch.nn.functional.cross_entropy(wide, target, reduction="sum"))
-                chosen.append(wide.argmax(-1))
-                at += len(piece)
-            found = torch.cat(chosen)
-            best = found if best is None else best
-            agreed[name] += int((found == best).sum())
-        count += len(window) - 1
-    return [Quality(name, count, math.exp(losses[name] / count), agreed[name] / count) for name in engines]
+def judge(engine: Scorer, dtype: str, pieces: Sequence[list[int]], reference: Sequence[Scores]) -> Quality:
+    """Compare an engine with the reference's scores of the same pieces."""
+    same = count = 0
+    surprise: list[float] = []
+    try:
+        for piece, right in zip(pieces, reference, strict=True):
+            scores = engine.score(piece)
+            same += sum(a == b for a, b in zip(scores.best, right.best, strict=True))
+            count += len(right.best)
+            surprise += scores.logprobs
+    except (CaseError, ValueError) as error:
+        return Quality(engine.name, dtype, 0, math.nan, math.nan, str(error))
+    return Quality(engine.name, dtype, count, math.exp(-sum(surprise) / len(surprise)), same / count)

@@ -2,15 +2,24 @@
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from writehead.bench.decode import Run
 
 command = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Measure this machine and decoding on it."
 )
-QUICK = "Two cells, small grid, three rounds: under two minutes."
+QUICK = "float32, two cells, small grid, three rounds: under two minutes."
+RANDOM = "random-1b"
+MODEL = f"smollm2, a model folder, a FILE.gguf, or {RANDOM}: a Llama of a billion random weights."
+DTYPE = "float32, bfloat16, int8, int4; repeat for several. Default all."
+CELL = "BATCH@CONTEXT or prefill@TOKENS; repeat for several."
+TEXT = "Judge each engine on this text, plain or gzip: agreement with float32, perplexity."
 
 
 @command.callback()
@@ -68,20 +77,23 @@ def kernels_command(
 
 @command.command("decode")
 def decode_command(
-    model: Annotated[str, typer.Option(help="smollm2, a model folder or a FILE.gguf.")] = "smollm2",
-    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; repeat for several.")] = None,
+    model: Annotated[str, typer.Option(help=MODEL)] = "smollm2",
+    dtype: Annotated[list[str] | None, typer.Option(help=DTYPE)] = None,
+    cell: Annotated[list[str] | None, typer.Option(help=CELL)] = None,
+    text: Annotated[Path | None, typer.Option(help=TEXT)] = None,
+    text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to judge by.")] = 4096,
     peers: Annotated[
         bool, typer.Option("--peers", help="Also run the other engines that are installed.")
     ] = False,
     peers_python: Annotated[str, typer.Option(help="The Python that has them.")] = sys.executable,
     only: Annotated[list[str] | None, typer.Option(help="Peers to run; default all.")] = None,
+    busy: Annotated[bool, typer.Option("--busy", help="Also decode beside one busy core.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help=QUICK)] = False,
     grid: Annotated[bool, typer.Option(help="Also measure the head-sharing grid.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each engine and cell.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for decode.json, decode.png and heads.png.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for NAME.json, NAME.png and heads.png.")] = None,
+    name: Annotated[str, typer.Option(help="NAME of these files.")] = "decode",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Decode and prefill speed in cells of batch and context, beside the roofline and beside peers."""
@@ -92,42 +104,44 @@ def decode_command(
     from writehead.bench.measure import write_record
     from writehead.bench.peers import PEERS
     from writehead.cli.output import console, print_json
-    from writehead.cli.tables import attention_table, decode_table, heads_table
-    from writehead.convert.load import load
+    from writehead.cli.tables import attention_table, beside_table, decode_table, heads_table, quality_table
     from writehead.core.shapes import check_choice
-    from writehead.core.system import available_memory, cores
+    from writehead.core.system import cores
 
-    kinds = dtype or ["float32", "bfloat16"]
+    kinds = dtype or (["float32"] if quick else list(decode.KINDS))
     for kind in kinds:
-        check_choice("dtype", kind, ("float32", "bfloat16"))
-    for name in only or ():
-        check_choice("peer", name, PEERS)
+        check_choice("dtype", kind, decode.KINDS)
+    for peer in only or ():
+        check_choice("peer", peer, PEERS)
+    cells = [decode.Cell.read(each) for each in cell or ()] or (
+        [decode.Cell(1, 128), decode.Cell(0, 128)] if quick else list(decode.CELLS)
+    )
+    rounds = min(rounds, 3) if quick else rounds
     torch.set_num_threads(threads or cores())
     say = _say
     say("measuring the machine")
     limits = roofs(torch.get_num_threads())
-    loaded = {
-        getattr(torch, kind): load(model, dtype=getattr(torch, kind), memory_bytes=available_memory())
-        for kind in kinds
-    }
-    models: dict[torch.dtype, Any] = {kind: each.model for kind, each in loaded.items()}
-    cells = (decode.Cell(1, 128), decode.Cell(0, 128)) if quick else decode.CELLS
-    rounds = min(rounds, 3) if quick else rounds
-    chosen = [name for name in PEERS if name in (only or PEERS)] if peers else []
-    source = next(iter(loaded.values())).source
+    chosen = [each for each in PEERS if each in (only or PEERS)] if peers else []
     with tempfile.TemporaryDirectory(prefix="writehead-bench-") as folder:
-        rows, facts = _decode(models, chosen, peers_python, source, Path(folder), cells, limits, rounds, say)
+        run, facts = _run(model, Path(folder), chosen, peers_python, text, text_tokens, say)
+        run = replace(run, kinds=kinds, cells=cells, rounds=rounds, threads=torch.get_num_threads())
+        rows, judged, more = decode.measure(run, limits, say)
+        disturbed = decode.beside_busy(run, say) if busy else []
+    facts |= more
     shared = []
     if grid:
-        config = heads.SIXTEEN
-        batches, contexts = ((1,), (128, 512)) if quick else ((1, 8), (512, 2048, 8192))
-        shared = heads.grid(config, batches, contexts, limits, rounds=min(rounds, 3), say=say)
-    rows_of, cached = ((1,), (8192,)) if quick else ((1, 8), (8192, 32768))
-    single = attention.one_token(rows_of, cached, limits, rounds=rounds, say=say)
+        batches, contexts = ((1,), (128, 512)) if quick else ((1, 8), (512, 2048, 8192, 32768))
+        shared = heads.grid(heads.SIXTEEN, batches, contexts, limits, rounds=min(rounds, 3), say=say)
+    single = []
+    if grid:
+        rows_of, cached = ((1,), (8192,)) if quick else ((1, 8), (8192, 32768))
+        single = attention.one_token(rows_of, cached, limits, rounds=rounds, say=say)
     say("")
     results = {
         "roofs": limits,
         "decode": rows,
+        "quality": judged,
+        "beside_a_busy_core": disturbed,
         "attention": single,
         "heads": shared,
         "one_write_head": plots.summary(shared),
@@ -135,54 +149,62 @@ def decode_command(
     if as_json:
         print_json(_plain({"peers": facts, **results}))
     else:
-        console().print(decode_table(rows))
-        console().print(attention_table(single))
-        if shared:
-            console().print(heads_table(shared))
+        tables: list[tuple[Any, Any]] = [
+            (decode_table, rows), (quality_table, judged), (beside_table, disturbed),
+            (attention_table, single), (heads_table, shared),
+        ]  # fmt: skip
+        for table, found in tables:
+            if found:
+                console().print(table(found))
     if out is not None:
         extra = {"model": str(model), "rounds": rounds, "peers": facts, "grid": heads.SIXTEEN.to_dict()}
-        write_record(out / "decode.json", "decode", results, extra)
-        plots.decode_plot(rows, out / "decode.png")
+        extra |= {"text": str(text) if text else None, "text_tokens": sum(map(len, run.text))}
+        write_record(out / f"{name}.json", "decode", results, extra)
+        plots.decode_plot(rows, out / f"{name}.png")
         if shared:
             plots.heads_plot(shared, out / "heads.png")
-        typer.echo(f"written: {out / 'decode.json'} and its plots", err=True)
+        typer.echo(f"written: {out / f'{name}.json'} and its plots", err=True)
 
 
-def _decode(
-    models: Any,
-    names: Any,
-    python: str,
-    source: Path,
-    folder: Path,
-    cells: Any,
-    limits: Any,
-    rounds: int,
-    say: Any,
-) -> tuple[list[Any], dict[str, Any]]:
-    """Rows of all engines, and facts of the peers: those that are not installed are named with the reason."""
+def _run(
+    model: str, folder: Path, names: list[str], python: str, text: Path | None, text_tokens: int, say: Any
+) -> tuple["Run", dict[str, Any]]:
+    """What is measured: the model, the peers that are installed, the text; and what peers are missing."""
+    import torch
+
     from writehead.bench import decode
-    from writehead.bench.peers import available, weights_of
+    from writehead.bench.peers import available, random_model, weights_of
+    from writehead.bench.quality import WINDOW, read_text, windows
+    from writehead.convert.load import load
+    from writehead.core.system import available_memory
+    from writehead.model.decoder import Decoder
 
+    if model == RANDOM:
+        say("writing random weights")
+        model = str(random_model(folder))
+    loaded = load(model, dtype=torch.float32, memory_bytes=available_memory())
     facts: dict[str, Any] = {}
-    ready = []
     for name in names:
         found = available(name, python)
         facts[name] = found.version or found.reason
-        if found.version:
-            ready.append(name)
-    if not ready:
-        rows = [
-            r
-            for kind, m in models.items()
-            for r in decode.compare(m, kind, cells, limits, rounds=rounds, say=say)
-        ]
-        return rows, facts
-    say("writing the weights for the peers")
-    weights = weights_of(source, folder, python)
-    rows, more = decode.with_peers(
-        models, weights, folder, ready, python, cells, limits, rounds=rounds, say=say
+    ready = [name for name in names if available(name, python).version]
+    pieces: list[list[int]] = []
+    if text is not None:
+        if loaded.tokenizer is None:
+            raise ValueError(f"{loaded.source} has no tokenizer, so it can read no text")
+        ids = loaded.tokenizer.encode(read_text(text)[: text_tokens * 8], bos=False)[:text_tokens]
+        pieces = windows(ids, min(len(ids), WINDOW))
+    weights = None
+    if ready:
+        say("writing the weights for the peers")
+        directory = not {"transformers", "ctranslate2"}.isdisjoint(ready)
+        weights = weights_of(loaded.source, folder, python, directory)
+    if not isinstance(loaded.model, Decoder):
+        raise ValueError(f"{loaded.source} is no decoder; bench decode measures decoders")
+    run = decode.Run(
+        loaded.model, (), (), peers=ready, python=python, weights=weights, folder=folder, text=pieces
     )
-    return rows, facts | more
+    return run, facts
 
 
 @command.command("quality")
@@ -198,7 +220,8 @@ def quality_command(
     """Agreement with float32 and perplexity of each type of weights, on the engine that `generate` uses."""
     import torch
 
-    from writehead.bench.quality import compare, read_text, windows
+    from writehead.bench.ours import Ours
+    from writehead.bench.quality import judge, read_text, windows
     from writehead.cli.output import console, print_json
     from writehead.cli.tables import quality_table
     from writehead.core.system import cores
@@ -211,8 +234,13 @@ def quality_command(
     if tokenizer is None:
         raise ValueError(f"{opened['float32'].source} has no tokenizer, so it can read no text")
     texts = windows(tokenizer.encode(read_text(text)[: tokens * 8], bos=False)[:tokens], window)
-    engines = {f"{one.engine.name} {name}": one.engine for name, one in opened.items()}
-    found = compare(engines, texts, say=_say)
+    engines = {name: Ours(one.engine.name, one.engine) for name, one in opened.items()}
+    _say("float32 reads the text")
+    reference = [engines["float32"].score(piece) for piece in texts]
+    found = []
+    for name, engine in engines.items():
+        _say(f"{name} reads the text")
+        found.append(judge(engine, name, texts, reference))
     _say("")
     if as_json:
         print_json({"model": model, "text": str(text), "qualities": [one.to_dict() for one in found]})

@@ -5,38 +5,55 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from writehead.bench.attention import Attention
-from writehead.bench.decode import OURS, Row
+from writehead.bench.decode import Row
 from writehead.bench.heads import Shared
 from writehead.bench.kernels import Row as Product
+from writehead.bench.neighbour import Beside
 from writehead.bench.plots import all_heads
 from writehead.bench.quality import Quality
 from writehead.cli.output import size, table
 
 
 def decode_table(rows: Sequence[Row]) -> Table:
-    """Tokens per second of each engine, its share of the roofline, and ours over the best and over each
-    peer."""
-    grid = table("cell", "type", "engine", "tokens/s", "quartiles", "of roofline", "ours / it")
-    ours = {(row.cell, row.dtype): row for row in rows if row.engine == OURS}
+    """Tokens per second of each engine, half the quartile distance, its share of the roofline, and ours over
+    each; ours is the first of a cell and type."""
+    grid = table("cell", "engine", "tokens/s", "+-", "of roofline", "ours / it")
+    ours: dict[tuple[object, str], Row] = {}
     for row in rows:
-        own = ours[row.cell, row.dtype]
-        cell = str(row.cell) if row.engine == OURS else ""
+        if not any(row.dtype == kind for _, kind in ours):
+            grid.add_section()
+            grid.add_row(row.dtype)
+        own = ours.setdefault((row.cell, row.dtype), row)
+        cell = str(row.cell) if row is own else ""
         if row.timing.error:
-            grid.add_row(cell, row.dtype, row.engine, "failed", row.timing.error[:40], "", "")
+            grid.add_row(cell, row.engine, "failed", "", "", "")
             continue
-        spread = f"{row.tokens / row.timing.q3:.4g} to {row.tokens / row.timing.q1:.4g}"
-        ratio = "" if row.engine == OURS else f"{row.timing.median / own.timing.median:.2f}x"
-        share = f"{row.roof_s / row.timing.median:.0%}"
-        grid.add_row(cell, row.dtype, row.engine, f"{row.rate:.4g}", spread, share, ratio)
+        spread = f"{(row.timing.q3 - row.timing.q1) / 2 / row.timing.median:.0%}"
+        ratio = "" if row is own else f"{row.timing.median / own.timing.median:.2f}x"
+        grid.add_row(
+            cell, row.engine, f"{row.rate:.4g}", spread, f"{row.roof_s / row.timing.median:.0%}", ratio
+        )
     return grid
 
 
 def quality_table(found: Sequence[Quality]) -> Table:
-    """Perplexity and agreement of each engine."""
-    grid = table("engine", "tokens", "perplexity", "agrees with the first", "standard error")
+    """How often each engine's best token is that of float32, and its perplexity."""
+    grid = table("engine", "type", "tokens", "perplexity", "as float32", "+-")
     for one in found:
+        if one.error:
+            grid.add_row(one.engine, one.dtype, "no logits", "", "", "")
+            continue
         share, error = f"{one.agreement:.2%}", f"{one.agreement_error:.2%}"
-        grid.add_row(one.engine, f"{one.tokens:,}", f"{one.perplexity:.3f}", share, error)
+        grid.add_row(one.engine, one.dtype, f"{one.tokens:,}", f"{one.perplexity:.3f}", share, error)
+    return grid
+
+
+def beside_table(rows: Sequence[Beside]) -> Table:
+    """Speed beside a busy core."""
+    grid = table("beside a busy core", "ms a step alone", "ms beside it", "speed kept")
+    for row in rows:
+        alone, beside = row.alone.median * 1e3, row.beside.median * 1e3
+        grid.add_row(row.engine, f"{alone:.1f}", f"{beside:.1f}", f"{row.kept:.0%}")
     return grid
 
 
