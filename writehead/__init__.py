@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from writehead.catalog import FEEDFORWARDS, MIXERS, POSITIONS, STACKS, build
     from writehead.config import ModelConfig
     from writehead.convert.load import load, save
+    from writehead.convert.packed import load_packed, save_packed
     from writehead.core.cache import Store
     from writehead.core.pattern import Causal, Full, Leading, Pattern, PerHead, Window
     from writehead.core.positions import Positions
     from writehead.core.state import CannotRewind, detach, join, nbytes, rewind, select
     from writehead.decode.generate import generate, stream
+    from writehead.engines import open_engine
     from writehead.model.decoder import Decoder
     from writehead.model.encoder import Encoder
     from writehead.model.seq2seq import Seq2Seq
@@ -26,11 +28,13 @@ _HOMES = {
     "catalog": ("FEEDFORWARDS", "MIXERS", "POSITIONS", "STACKS", "build"),
     "config": ("ModelConfig",),
     "convert.load": ("load", "save"),
+    "convert.packed": ("load_packed", "save_packed"),
     "core.cache": ("Store",),
     "core.pattern": ("Causal", "Full", "Leading", "Pattern", "PerHead", "Window"),
     "core.positions": ("Positions",),
     "core.state": ("CannotRewind", "detach", "join", "nbytes", "rewind", "select"),
     "decode.generate": ("generate", "stream"),
+    "engines": ("open_engine",),
     "model.decoder": ("Decoder",),
     "model.encoder": ("Encoder",),
     "model.seq2seq": ("Seq2Seq",),
@@ -61,9 +65,12 @@ __all__ = [
     "generate",
     "join",
     "load",
+    "load_packed",
     "nbytes",
+    "open_engine",
     "rewind",
     "save",
+    "save_packed",
     "select",
     "stream",
 ]

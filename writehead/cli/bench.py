@@ -39,6 +39,33 @@ def machine_command(
         typer.echo(f"{kind:14} {max(rates.values()) / 1e9:8.0f} GFLOP/s")
 
 
+@command.command("kernels")
+def kernels_command(
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of x; repeat for several.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each product.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for kernels.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """The native engine's matrix products in each format, beside memory's speed and PyTorch's products."""
+    from writehead.bench import kernels
+    from writehead.bench.measure import write_record
+    from writehead.cli.output import console, print_json
+    from writehead.cli.tables import kernels_table
+    from writehead.core.system import cores
+
+    threads = threads or cores()
+    found = kernels.measure(rows=rows or kernels.ROWS, threads=threads, rounds=rounds, say=_say)
+    _say("")
+    if as_json:
+        print_json(_plain({"threads": threads, "products": found}))
+    else:
+        console().print(kernels_table(found))
+    if out is not None:
+        write_record(out / "kernels.json", "kernels", found, {"rounds": rounds, "threads": threads})
+        typer.echo(f"written: {out / 'kernels.json'}", err=True)
+
+
 @command.command("decode")
 def decode_command(
     model: Annotated[str, typer.Option(help="smollm2, a model folder or a FILE.gguf.")] = "smollm2",
@@ -156,6 +183,41 @@ def _decode(
         models, weights, folder, ready, python, cells, limits, rounds=rounds, say=say
     )
     return rows, facts | more
+
+
+@command.command("quality")
+def quality_command(
+    text: Annotated[Path, typer.Argument(help="A text file, .gz or plain, such as WikiText's.")],
+    model: Annotated[str, typer.Option(help="smollm2, a model folder or a FILE.gguf.")] = "smollm2",
+    dtype: Annotated[list[str] | None, typer.Option(help="Types beside float32; default all.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to read at most.")] = 8192,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Agreement with float32 and perplexity of each type of weights, on the engine that `generate` uses."""
+    import torch
+
+    from writehead.bench.quality import compare, read_text, windows
+    from writehead.cli.output import console, print_json
+    from writehead.cli.tables import quality_table
+    from writehead.core.system import cores
+    from writehead.engines import open_engine
+
+    torch.set_num_threads(threads or cores())
+    names = ["float32", *(one for one in dtype or ("bfloat16", "int8", "int4") if one != "float32")]
+    opened = {name: open_engine(model, dtype=name, threads=threads) for name in names}
+    tokenizer = opened["float32"].tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{opened['float32'].source} has no tokenizer, so it can read no text")
+    texts = windows(tokenizer.encode(read_text(text)[: tokens * 8], bos=False)[:tokens], window)
+    engines = {f"{one.engine.name} {name}": one.engine for name, one in opened.items()}
+    found = compare(engines, texts, say=_say)
+    _say("")
+    if as_json:
+        print_json({"model": model, "text": str(text), "qualities": [one.to_dict() for one in found]})
+    else:
+        console().print(quality_table(found))
 
 
 def _say(text: str) -> None:

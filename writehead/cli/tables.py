@@ -7,7 +7,9 @@ from rich.table import Table
 from writehead.bench.attention import Attention
 from writehead.bench.decode import OURS, Row
 from writehead.bench.heads import Shared
+from writehead.bench.kernels import Row as Product
 from writehead.bench.plots import all_heads
+from writehead.bench.quality import Quality
 from writehead.cli.output import size, table
 
 
@@ -26,6 +28,15 @@ def decode_table(rows: Sequence[Row]) -> Table:
         ratio = "" if row.engine == OURS else f"{row.timing.median / own.timing.median:.2f}x"
         share = f"{row.roof_s / row.timing.median:.0%}"
         grid.add_row(cell, row.dtype, row.engine, f"{row.rate:.4g}", spread, share, ratio)
+    return grid
+
+
+def quality_table(found: Sequence[Quality]) -> Table:
+    """Perplexity and agreement of each engine."""
+    grid = table("engine", "tokens", "perplexity", "agrees with the first", "standard error")
+    for one in found:
+        share, error = f"{one.agreement:.2%}", f"{one.agreement_error:.2%}"
+        grid.add_row(one.engine, f"{one.tokens:,}", f"{one.perplexity:.3f}", share, error)
     return grid
 
 
@@ -56,4 +67,15 @@ def attention_table(cells: Sequence[Attention]) -> Table:
         ours, theirs = cell.ours.median * 1e6, cell.enable_gqa.median * 1e6
         share = f"{cell.roof_s / cell.ours.median:.0%}"
         grid.add_row(where, f"{ours:.0f}", f"{theirs:.0f}", f"{cell.times:.1f}x", share)
+    return grid
+
+
+def kernels_table(rows: Sequence[Product]) -> Table:
+    """Microseconds and rate of each product, and the share of them that reading the weights takes."""
+    grid = table("matrix", "rows", "product", "us", "GB/s", "of bandwidth", "10^9 op/s")
+    for row in rows:
+        seconds = row.timing.median
+        read = f"{row.weight_bytes / seconds / 1e9:.1f}"
+        where = (f"{row.n} x {row.k}", str(row.rows), row.name)
+        grid.add_row(*where, f"{seconds * 1e6:.0f}", read, f"{row.share:.0%}", f"{row.rate / 1e9:.0f}")
     return grid

@@ -25,7 +25,7 @@ FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra", "-Wno-psabi"),
     *("-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),  # GCC 12 finds it in its own immintrin.h
 )
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
+SANITIZE = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512")
 INSTRUCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
