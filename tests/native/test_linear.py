@@ -1,6 +1,8 @@
 """The products of the native engine against PyTorch: every format, instruction set, ragged shape and row count."""
 
 import ctypes
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from writehead.native.build import FOLDER
 from writehead.native.formats import FORMATS, STEPS, Packed, pack, unpack
-from writehead.native.library import Matrix, load, runnable
+from writehead.native.library import load, runnable
+from writehead.native.structs import Matrix
 
 SETS = runnable()
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 16, 24, 25, 37, 64, 129, 130)
@@ -97,8 +100,8 @@ def test_no_row_gives_no_output(engine, format):
     assert engine.linear(pack(torch.randn(20, 40), format), torch.empty(0, 40)).shape == (0, 20)
 
 
-@pytest.mark.parametrize("format", ("int8", "int4"))
-@pytest.mark.parametrize("size", (2.0**-16, 2.0**-22, 1e3), ids=("subnormal", "tiny", "large"))
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("size", [2.0**-16, 2.0**-22, 1e3], ids=("subnormal", "tiny", "large"))
 def test_group_scales_may_be_subnormal_or_large(engine, format, size):
     matrix = pack(torch.randn(20, 70) * size, format)
     assert matrix.format in (format, "bfloat16")
@@ -113,13 +116,13 @@ def extremes(format: str, value: int) -> Packed:
 
 
 @pytest.mark.parametrize(("format", "value"), [("int8", 0), ("int8", 255), ("int4", 0), ("int4", 15)])
-@pytest.mark.parametrize("sign", (1, -1))
+@pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_integers_do_not_overflow(engine, format, value, sign):
     check(engine, extremes(format, value), torch.full((7, 64), 3.0 * sign))
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_an_activation_that_is_not_finite_is_seen_in_its_row_and_in_no_other(engine, format, bad):
     matrix, x = pack(torch.randn(20, 64).abs() + 1, format), torch.randn(5, 64)
     clean = engine.linear(matrix, x)
@@ -136,7 +139,7 @@ def test_rows_of_zeros_give_the_bias(engine, format):
     assert torch.equal(y, bias.expand(3, -1))
 
 
-@pytest.mark.parametrize("threads", (1, 2, 3, 5))
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_the_number_of_threads_changes_no_bit(engine, threads):
     matrix, x = pack(torch.randn(300, 200), "int8"), torch.randn(9, 200)
     expected = engine.linear(matrix, x)
@@ -145,3 +148,35 @@ def test_the_number_of_threads_changes_no_bit(engine, threads):
     for _ in range(20):
         assert torch.equal(other.linear(matrix, x), expected)
     other.library.wh_team_free(other.team)
+
+
+FORK = """
+import ctypes, os, sys
+from pathlib import Path
+from writehead.native.library import load
+from writehead.native.structs import Matrix
+library = load(Path(sys.argv[1]))
+team = library.wh_team_create(3)
+w, x, y = (ctypes.c_float * (64 * 32))(*[1.0] * 2048), (ctypes.c_float * 32)(*[2.0] * 32), (ctypes.c_float * 64)()
+matrix = Matrix(0, 64, 32, ctypes.addressof(w), None, None)
+def product():
+    ctypes.memset(y, 0, 256)
+    library.wh_linear(team, ctypes.byref(matrix), ctypes.byref(x), 1, ctypes.byref(y))
+    return list(y) == [64.0] * 64
+before, child = product(), os.fork()
+if child == 0:
+    right = product()
+    library.wh_team_free(team)
+    os._exit(0 if right else 1)
+_, status = os.waitpid(child, 0)
+sys.exit(0 if before and product() and os.waitstatus_to_exitcode(status) == 0 else 1)
+"""
+
+
+@pytest.mark.slow
+def test_a_team_still_works_in_a_process_that_was_forked(engine):
+    path = FOLDER / f"libwritehead_{engine.library.wh_instructions().decode()}.so"
+    run = subprocess.run(
+        [sys.executable, "-c", FORK, str(path)], cwd=FOLDER.parents[1], timeout=60, capture_output=True
+    )
+    assert run.returncode == 0, run.stderr

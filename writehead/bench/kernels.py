@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from writehead.bench.machine import read_bandwidth, torch_threads
 from writehead.bench.measure import Timing, alternate
 from writehead.native.formats import FORMATS, Packed, pack
-from writehead.native.library import Matrix, library
+from writehead.native.library import library
+from writehead.native.structs import Matrix
 
 SHAPES = ((1536, 576), (576, 1536), (4096, 4096))  # outputs and inputs: a small model's, a large one's
 ROWS = (1, 4, 8, 16, 64)
@@ -145,7 +146,8 @@ def _native(
     def product(x: Tensor, i: int) -> Tensor:
         y = torch.empty(len(x), first.n)
         done = engine.wh_linear(team, ctypes.byref(matrices[i]), x.data_ptr(), len(x), y.data_ptr())
-        assert done == 0 and kept
+        assert done == 0
+        assert kept
         return y
 
     return product, len(kept), first.nbytes

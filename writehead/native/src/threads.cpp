@@ -41,11 +41,10 @@ void Team::Bed::wake() {
 Team::Team(int threads) : threads_(threads), shares_(static_cast<size_t>(threads)) { start(); }
 
 Team::~Team() {
-    if (getpid() == process_) {
+    if (getpid() == process_)
         stop();
-    } else {
-        for (std::thread& helper : helpers_) helper.detach();
-    }
+    else
+        abandon();
 }
 
 void Team::start() {
@@ -60,15 +59,24 @@ void Team::start() {
 
 void Team::stop() {
     stopping_ = true;
-    helpers_bed_.wake();
+    helpers_bed_->wake();
     for (std::thread& helper : helpers_) helper.join();
     helpers_.clear();
 }
 
+// After a fork: the helpers are not there, and what they slept on may be locked for ever, so it is left behind.
+void Team::abandon() {
+    for (std::thread& helper : helpers_) helper.detach();
+    helpers_.clear();
+    helpers_bed_.release();
+    leader_bed_.release();
+    helpers_bed_.reset(new Bed);
+    leader_bed_.reset(new Bed);
+}
+
 void Team::lead(const Job& job) {
     if (getpid() != process_) {
-        for (std::thread& helper : helpers_) helper.detach();
-        helpers_.clear();
+        abandon();
         start();
     }
     const uint32_t number = number_.load(std::memory_order_relaxed) + 1;
@@ -82,15 +90,15 @@ void Team::lead(const Job& job) {
         shares_[t].left.store(static_cast<uint64_t>(number) << 32 | left, std::memory_order_release);
     }
     number_.store(number);
-    helpers_bed_.wake();
+    helpers_bed_->wake();
     work(number, job, 0);
-    leader_bed_.wait([&] { return undone_.load() == 0; });
+    leader_bed_->wait([&] { return undone_.load() == 0; });
 }
 
 void Team::help(int thread) {
     uint32_t seen = number_.load();
     for (;;) {
-        helpers_bed_.wait([&] { return number_.load() != seen || stopping_.load(); });
+        helpers_bed_->wait([&] { return number_.load() != seen || stopping_.load(); });
         if (stopping_.load()) return;
         seen = number_.load();
         work(seen, {call_.load(std::memory_order_relaxed), closure_.load(std::memory_order_relaxed),
@@ -109,7 +117,7 @@ void Team::work(uint32_t number, const Job& job, int thread) {
         while (left >> 32 == number && static_cast<uint32_t>(left) > 0) {
             if (!share.compare_exchange_weak(left, left - 1)) continue;
             job.call(job.closure, end - static_cast<int>(static_cast<uint32_t>(left)), thread);
-            if (undone_.fetch_sub(1) == 1) leader_bed_.wake();
+            if (undone_.fetch_sub(1) == 1) leader_bed_->wake();
             left = share.load(std::memory_order_relaxed);
         }
     }

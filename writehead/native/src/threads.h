@@ -7,6 +7,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -75,6 +76,7 @@ class Team {
     void work(uint32_t number, const Job& job, int thread);
     void start();
     void stop();
+    void abandon();
 
     const int threads_;
     long process_ = 0;  // threads do not survive a fork
@@ -87,7 +89,7 @@ class Team {
     std::atomic<int> pieces_{0};
     alignas(64) std::atomic<uint32_t> number_{0};
     alignas(64) std::atomic<int> undone_{0};
-    Bed helpers_bed_, leader_bed_;
+    std::unique_ptr<Bed> helpers_bed_{new Bed}, leader_bed_{new Bed};
 };
 
 }  // namespace wh
