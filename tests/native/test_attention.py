@@ -150,6 +150,7 @@ def test_penalties_grow_with_distance(kernel: Kernel, window: int) -> None:
     )
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_any_shape_gives_its_definition(data: st.DataObject) -> None:
     groups, share = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 18))
