@@ -91,6 +91,8 @@ POSITIONS = _table(
 STACKS = _table(
     Row("residual", "stacks.residual:Residual", "arXiv:1706.03762", "stack", "O(depth)", "O(depth)",
         "pre-norm, post-norm or parallel residual blocks"),
+    Row("reversible", "stacks.reversible:Reversible", "arXiv:2001.04451", "stack", "O(depth)", "O(depth)",
+        "two streams from which inputs are found again: training memory does not grow with depth"),
 )  # fmt: skip
 
 
