@@ -60,6 +60,10 @@ MIXERS = _table(
          "a": {"name": "window", "window": 32}, "b": {"name": "leading", "count": 4}}}}),
     Row("bidirectional", "mixers.softmax:Softmax", "arXiv:1706.03762", "head sharing", "O(T^2)", "encode",
         "multi-head attention in which every token reads every other", {"pattern": {"name": "full"}}),
+    Row("reformer", "mixers.reformer:LSH", "arXiv:2001.04451", "learned pattern", "O(T log T)", "O(1)",
+        "tokens read the latest ones that locality-sensitive hashing puts into their bucket"),
+    Row("reformer_mqa", "mixers.reformer:LSH", "arXiv:2001.04451", "learned pattern", "O(T log T)", "O(1)",
+        "LSH attention with keys of their own, one write-head for all query heads", {"kv_heads": 1}),
     Row("cross", "mixers.cross:Cross", "arXiv:1706.03762", "head sharing", "O(T S)", "O(1)",
         "decoder tokens read an encoder's output, kept once for each source"),
 )  # fmt: skip
