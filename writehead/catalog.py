@@ -84,6 +84,8 @@ POSITIONS = _table(
         "fixed waves added to what queries and keys are made of, never to values"),
     Row("learned", "positions.learned:Learned", "arXiv:1705.03122", "position", "O(T)", "O(1)",
         "a trained vector for each position, up to a limit"),
+    Row("axial", "positions.axial:Axial", "arXiv:2001.04451", "position", "O(T)", "O(1)",
+        "trained vectors put together from a small table for each axis of a grid of positions"),
     Row("rotary", "positions.rope:Rotary", "arXiv:2104.09864", "position", "O(T)", "O(1)",
         "pairs of query and key coordinates turn with the position"),
     Row("alibi", "positions.alibi:ALiBi", "arXiv:2108.12409", "position", "O(T S)", "O(1)",

@@ -201,5 +201,5 @@ def _position_values(scheme: Scheme, call: Call) -> int:
     whole = values(scheme)
     if not whole or not has(scheme, "embed"):
         return whole
-    width = next(p.shape[-1] for p in scheme.parameters())
+    width = sum(p.shape[-1] for p in scheme.parameters())
     return min(whole, call.rows * width)

@@ -95,6 +95,7 @@ def test_a_step_counts_keys_once_although_two_rounds_hold_them():
     assert torch.allclose(y[:, 0], whole[:, -1], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("rounds", "buckets"), [(1, 4), (3, [2, 4])])
 @pytest.mark.parametrize("length", [32, 6])
