@@ -64,6 +64,10 @@ MIXERS = _table(
         "tokens read the latest ones that locality-sensitive hashing puts into their bucket"),
     Row("reformer_mqa", "mixers.reformer:LSH", "arXiv:2001.04451", "learned pattern", "O(T log T)", "O(1)",
         "LSH attention with keys of their own, one write-head for all query heads", {"kv_heads": 1}),
+    Row("routing", "mixers.routing:Routing", "arXiv:2003.05997", "learned pattern", "O(T log T)", "O(1)",
+        "half of the heads read a window, the others the tokens that online k-means puts beside theirs"),
+    Row("routing_mqa", "mixers.routing:Routing", "arXiv:2003.05997", "learned pattern", "O(T log T)", "O(1)",
+        "routing attention with a write-head for the local and one for the routed heads", {"kv_heads": 1}),
     Row("cross", "mixers.cross:Cross", "arXiv:1706.03762", "head sharing", "O(T S)", "O(1)",
         "decoder tokens read an encoder's output, kept once for each source"),
 )  # fmt: skip
