@@ -180,7 +180,7 @@ def test_work_of_one_token_does_not_grow_with_the_context():
     [
         ({"mode": "top"}, "unknown mode 'top'.*accepted: nearest, paper"),
         ({"local_heads": 4}, "local_heads=4 must be from 1 to 3: both kinds are needed"),
-        ({"clusters": 0}, "clusters=0 and window=4 must be at least 1"),
+        ({"clusters": 0}, "clusters=0 must be from 1 to 32768, window=4 at least 1"),
         ({"heads": 3}, "dim=16 must be a positive multiple of heads=3"),
         (
             {"mode": "paper", "kv_heads": 1},

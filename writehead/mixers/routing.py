@@ -92,7 +92,7 @@ class Routing(nn.Module):
             raise ValueError(f"local_heads={local} must be from 1 to {heads - 1}: both kinds are needed")
         if not 1 <= clusters <= MOST_CLUSTERS or window < 1:
             raise ValueError(
-                f"clusters={clusters} and window={window} must be at least 1, clusters at most {MOST_CLUSTERS}"
+                f"clusters={clusters} must be from 1 to {MOST_CLUSTERS}, window={window} at least 1"
             )
         if mode == "paper" and kv_heads is not None:
             raise ValueError(f'mode="paper" has shared queries and keys: leave kv_heads out; got {kv_heads}')
