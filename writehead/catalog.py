@@ -70,8 +70,8 @@ MIXERS = _table(
         "routing attention with a write-head for the local and one for the routed heads", {"kv_heads": 1}),
     Row("sinkhorn", "mixers.sinkhorn:Sinkhorn", "arXiv:2002.11296", "learned pattern", "O(T^2 / W)", "O(S)",
         "blocks read themselves and a mixture of earlier blocks, sorted by a network"),
-    Row("sinkhorn_mqa", "mixers.sinkhorn:Sinkhorn", "arXiv:2002.11296", "learned pattern", "O(T^2 / W)", "O(S)",
-        "Sinkhorn attention with one write-head and one sorting for all heads", {"kv_heads": 1}),
+    Row("sinkhorn_mqa", "mixers.sinkhorn:Sinkhorn", "arXiv:2002.11296", "learned pattern", "O(T^2 / W)",
+        "O(S)", "Sinkhorn attention with one write-head and one sorting for all heads", {"kv_heads": 1}),
     Row("cross", "mixers.cross:Cross", "arXiv:1706.03762", "head sharing", "O(T S)", "O(1)",
         "decoder tokens read an encoder's output, kept once for each source"),
 )  # fmt: skip

@@ -9,6 +9,8 @@ from writehead.core.work import Call
 from writehead.laws import check
 from writehead.mixers.sinkhorn import Sinkhorn
 from writehead.ops.sinkhorn import LOW, balance, next_row
+from writehead.positions.alibi import ALiBi
+from writehead.positions.rope import Rotary
 
 
 def make(**options) -> Sinkhorn:
@@ -18,7 +20,7 @@ def make(**options) -> Sinkhorn:
 @pytest.mark.slow
 @pytest.mark.parametrize("law", ["split", "causal", "padding", "encode rows", "encode padding"])
 def test_several_blocks_obey(law):
-    verdict = check(make(kv_heads=2), law, length=13)
+    verdict = check(make(kv_heads=2, position=Rotary(4)), law, length=13)
     assert verdict.passed, verdict
 
 
@@ -116,6 +118,7 @@ def test_a_token_costs_less_than_with_all_keys():
         ({"window": 0}, "window=0, blocks=12 and iterations=5 must be at least 1"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"sortcut": 13}, "sortcut=13 must be from 1 to blocks=12"),
+        ({"position": ALiBi(4)}, "Sinkhorn attention adds no bias to scores, its mixed keys stand nowhere"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(options, message):

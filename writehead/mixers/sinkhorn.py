@@ -30,6 +30,7 @@ from writehead.core.work import Call, Work, products, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.attend import attend
 from writehead.ops.sinkhorn import LOW, balance, next_row
+from writehead.positions.base import NoPosition, Scheme, has
 
 
 class SinkhornState(NamedTuple):
@@ -64,6 +65,7 @@ class Sinkhorn(nn.Module):
         iterations: int = 5,
         temperature: float = 0.75,
         sortcut: int | None = None,
+        position: Scheme | None = None,
     ) -> None:
         """Make the mixer.
 
@@ -77,11 +79,18 @@ class Sinkhorn(nn.Module):
             iterations: of balancing.
             temperature: below 1 sorts more sharply.
             sortcut: encoders only: all queries read the first so many sorted blocks, and nothing else.
+            position: the model's position scheme; keys are turned before they are mixed.
 
         Raises:
-            ValueError: numbers that do not fit.
+            ValueError: numbers that do not fit, or a position scheme that adds to the scores.
         """
         super().__init__()
+        self.position = NoPosition() if position is None else position
+        if has(self.position, "bias"):
+            raise ValueError(
+                "Sinkhorn attention adds no bias to scores, its mixed keys stand nowhere; use rotary, "
+                "sinusoidal, learned or axial positions"
+            )
         if min(window, blocks, iterations) < 1:
             raise ValueError(
                 f"window={window}, blocks={blocks} and iterations={iterations} must be at least 1"
@@ -126,16 +135,13 @@ class Sinkhorn(nn.Module):
         )
 
     def bind(self, of: Of = itself) -> Callable[..., tuple[Tensor, SinkhornState, Aux]]:
-        qkv, out, H, G, W = of(self.qkv), of(self.out), self.heads, self.kv_heads, self.window
+        project, out, W = self._project(of), of(self.out), self.window
 
         def run(
             x: Tensor, pos: Positions, state: SinkhornState | None = None
         ) -> tuple[Tensor, SinkhornState, Aux]:
-            check_shape("x", x, "B T X", B=pos.index.shape[0], T=pos.index.shape[1], X=self.inner.in_features)
-            self._check_length(pos)
+            q, k, v = project(x, pos)
             state = self.init_state(len(x), x) if state is None else state
-            qk, v = qkv(x)
-            q, k = qk.split([H, G], 2)
             kv, keys = append(state.kv, k, v, pos)
             real = pos.valid
             if not bool(real.any()):
@@ -158,14 +164,10 @@ class Sinkhorn(nn.Module):
 
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """Blocks are sorted over the whole sequence; queries read all of their own and of a sorted block."""
-        self._check_length(pos)
-        H, G, W, (B, T, _) = self.heads, self.kv_heads, self.window, x.shape
-        qk, v = self.qkv(x)
+        H, W, (B, T, _) = self.heads, self.window, x.shape
+        heads = self._project(itself)(x, pos)
         N = int(pos.index.max()) // W + 1 if bool(pos.valid.any()) else 1
-        laid = [
-            _by_position(t, pos.index, 0, N * W)
-            for t in (*qk.split([H, G], 2), v, pos.valid[..., None, None])
-        ]
+        laid = [_by_position(t, pos.index, 0, N * W) for t in (*heads, pos.valid[..., None, None])]
         queries, k, v, there = laid
         summary = _by_position(x[:, :, None], pos.index, 0, N * W).unflatten(1, (N, W)).sum((2, 3))
         full = there.unflatten(1, (N, W)).any(2)[..., 0, 0]
@@ -186,6 +188,20 @@ class Sinkhorn(nn.Module):
             y = y.reshape(B, N * W, H, -1)
         at = pos.index.clamp_min(0)[..., None, None].expand(B, T, H, self.head_dim)
         return self.out(y.gather(1, at).flatten(2)), NOTHING
+
+    def _project(self, of: Of) -> Callable[[Tensor, Positions], tuple[Tensor, Tensor, Tensor]]:
+        qkv, H, G, X, scheme = of(self.qkv), self.heads, self.kv_heads, self.inner.in_features, self.position
+        turns, infuses = has(scheme, "rotate"), has(scheme, "infuse")
+
+        def run(x: Tensor, pos: Positions) -> tuple[Tensor, Tensor, Tensor]:
+            check_shape("x", x, "B T X", B=pos.index.shape[0], T=pos.index.shape[1], X=X)
+            self._check_length(pos)
+            scheme.check_context(pos)
+            qk, v = qkv(x, scheme.infuse(x, pos) if infuses else None)
+            q, k = (scheme.rotate(qk, pos) if turns else qk).split([H, G], 2)
+            return q, k, v
+
+        return run
 
     def _sort(self, summary: Tensor) -> Tensor:
         """Summaries (B, n, X) -> scores of blocks (B, n, G, blocks)."""
