@@ -25,7 +25,8 @@ ENCODING = [name for name in MIXERS if hasattr(build_tiny(MIXERS[name], {"name":
 
 
 def tiny(name, seed):
-    return build_tiny(MIXERS[name], {"name": "t5"}, seed)
+    softmax = MIXERS[name].target == "mixers.softmax:Softmax"
+    return build_tiny(MIXERS[name], {"name": "t5" if softmax else "rotary"}, seed)
 
 
 def make(mixers, **options) -> Reversible:
@@ -58,8 +59,9 @@ def compare(stack, dtype=torch.float64, encode=False, seed=5):
     index[1, :4], index[1, 4:] = -1, torch.arange(T - 4)
     wanted = [x, *(p for p in stack.parameters() if p.requires_grad)]
     weight = torch.randn(2, T, stack.norm.weight.shape[0], dtype=dtype)
-    results = []
+    results, before = [], {name: t.clone() for name, t in stack.state_dict().items()}
     for run in (ordinary, reversed_):
+        stack.load_state_dict(before)  # centroids move in training
         torch.manual_seed(seed)
         y, extra = run(stack, x, Positions(index), encode)
         value = (y * weight)[index >= 0].sum() + extra

@@ -64,6 +64,12 @@ def test_the_state_is_constant_and_the_first_token_reads_itself():
     assert sizes == {mixer.state_bytes(1, 200, 4)}
 
 
+@pytest.mark.parametrize("options", [{"mode": "set"}, {"mode": "paper", "window": 4}, {"kv_heads": 2}])
+def test_whole_is_forward_without_a_state(options):
+    mixer, x, pos = make(**options), torch.randn(2, 12, 16), Positions.range(2, 0, 12)
+    assert torch.equal(mixer.whole(x, pos)[0], mixer(x, pos)[0])
+
+
 def test_buckets_are_found_before_keys_are_turned():
     plain, turned = make(kv_heads=2), make(kv_heads=2, position=Rotary(4))
     turned.load_state_dict(plain.state_dict())

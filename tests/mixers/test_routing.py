@@ -113,6 +113,12 @@ def test_a_reversible_stack_moves_each_centroid_once(mode):
     assert torch.equal(stack.blocks[0].mixer.centroids.means, means)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "paper"])
+def test_whole_is_forward_without_a_state(mode):
+    mixer, x, pos = make(mode=mode).eval(), torch.randn(2, 12, 16), Positions.range(2, 0, 12)
+    assert torch.equal(mixer.whole(x, pos)[0], mixer(x, pos)[0])
+
+
 def test_the_state_is_constant():
     mixer, x = make().eval(), torch.randn(1, 90, 16)
     state, sizes = mixer.init_state(1, x), set()

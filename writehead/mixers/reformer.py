@@ -200,6 +200,14 @@ class LSH(nn.Module):
     ) -> tuple[Tensor, Rings | None, Aux]:
         return self.bind()(x, pos, state)
 
+    def whole(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
+        """`forward` from the empty past for whoever wants no state after: training makes no rings."""
+        asked = self._project(itself)(x, pos, self.active)
+        if self.mode == "paper":
+            return self.out(self._paper(asked, causal=True).flatten(2)), NOTHING
+        y, lse = bucket_rings.read(asked, None, self.window, self.scale, self.mode == "set")
+        return self.out(_or_own(y, lse, asked.v).flatten(2)), NOTHING
+
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """Every token reads `window` tokens of its bucket on each side; mode="paper": two chunks."""
         asked = self._project(itself)(x, pos, self.active)

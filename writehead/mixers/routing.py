@@ -166,6 +166,16 @@ class Routing(nn.Module):
     ) -> tuple[Tensor, RoutingState | None, Aux]:
         return self.bind()(x, pos, state)
 
+    def whole(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
+        """`forward` from the empty past for whoever wants no state after: training makes no rings."""
+        near, _, _ = self.local(x, pos)
+        asked, means, aux = self._project(itself)(x, pos)
+        if self.mode == "paper":
+            y = self._paper(asked, means)
+        else:
+            y = _with_own(*bucket_rings.read(asked, None, self.window, 1.0, False), asked)
+        return near + self.out(y.flatten(2)), aux
+
     def _project(self, of: Of) -> Callable[[Tensor, Positions], tuple[Asked, Tensor, Aux]]:
         H, G, D, X = self.heads, self.kv_heads, self.head_dim, self.out.out_features
         centroids, shared = self.centroids, self.shared

@@ -49,9 +49,9 @@ class Pair(nn.Module):
         self.cross_norm = None if cross is None else make_norm(norm, dim, eps)
         self.feedforward_norm = make_norm(norm, dim, eps)
 
-    def branches(self, of: Of, encode: bool = False) -> Iterable[tuple[Branch, tuple[nn.Module, nn.Module]]]:
-        """What each coupling adds, and the modules it uses."""
-        mix = self._encode() if encode else of(self.mixer)
+    def branches(self, of: Of, form: str) -> Iterable[tuple[Branch, tuple[nn.Module, nn.Module]]]:
+        """What each coupling adds, and the modules it uses; form: the mixer's method."""
+        mix = of(self.mixer) if form == "forward" else self._stateless(form)
         yield self._behind(mix, of(self.mixer_norm)), (self.mixer, self.mixer_norm)
         if self.cross is not None and self.cross_norm is not None:
             yield self._behind(of(self.cross), of(self.cross_norm)), (self.cross, self.cross_norm)
@@ -72,9 +72,14 @@ class Pair(nn.Module):
 
         return run
 
-    def _encode(self) -> Branch:
+    def _stateless(self, form: str) -> Branch:
+        """`encode`, or `whole` where the mixer has one: then it makes no state only to drop it."""
+        method = getattr(self.mixer, form, None)
+        if method is None:
+            return self.mixer
+
         def run(x: Tensor, pos: Positions, state: State) -> tuple[Tensor, State, Aux]:
-            y, aux = self.mixer.encode(x, pos)  # type: ignore[operator]
+            y, aux = method(x, pos)
             return y, None, aux
 
         return run
@@ -125,7 +130,7 @@ class Reversible(nn.Module):
         self.drift = Drift() if measure_drift else None
 
     def bind(self, of: Of = itself) -> Callable[..., tuple[Tensor, After, Aux]]:
-        chain, end = self._chain(of), self._end(of)
+        chain, end = self._chain(of, "forward"), self._end(of)
 
         def run(x: Tensor, pos: Positions, state: After) -> tuple[Tensor, After, Aux]:
             a, b, states, aux = chain(x, pos, state, True)
@@ -139,19 +144,19 @@ class Reversible(nn.Module):
 
     def whole(self, x: Tensor, pos: Positions, state: After) -> tuple[Tensor, Aux]:
         """The same from the empty past for whoever wants no state after: then none is kept."""
-        a, b, _, aux = self._chain(itself)(x, pos, state, False)
+        a, b, _, aux = self._chain(itself, "whole")(x, pos, state, False)
         return self._end(itself)(a, b, x.dtype), aux
 
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """The bidirectional form: x (B, T, X) -> the stack's output and auxiliary values."""
-        chain = self._chain(itself, encode=True)
+        chain = self._chain(itself, "encode")
         a, b, _, aux = chain(x, pos, ((None, None),) * len(self.blocks), False)
         return self._end(itself)(a, b, x.dtype), aux
 
     def _chain(
-        self, of: Of, encode: bool = False
+        self, of: Of, form: str
     ) -> Callable[[Tensor, Positions, After, bool], tuple[Tensor, Tensor, list[State], Aux]]:
-        branches = [list(block.branches(of, encode)) for block in self.blocks]  # type: ignore[operator]
+        branches = [list(block.branches(of, form)) for block in self.blocks]  # type: ignore[operator]
 
         def run(
             x: Tensor, pos: Positions, state: After, keep: bool
