@@ -72,6 +72,8 @@ MIXERS = _table(
         "blocks read themselves and a mixture of earlier blocks, sorted by a network"),
     Row("sinkhorn_mqa", "mixers.sinkhorn:Sinkhorn", "arXiv:2002.11296", "learned pattern", "O(T^2 / W)",
         "O(S)", "Sinkhorn attention with one write-head and one sorting for all heads", {"kv_heads": 1}),
+    Row("clustered", "mixers.clustered:Clustered", "arXiv:2007.04825", "learned pattern", "O(T C)", "encode",
+        "queries of a cluster share one row of attention, corrected at its largest keys"),
     Row("cross", "mixers.cross:Cross", "arXiv:1706.03762", "head sharing", "O(T S)", "O(1)",
         "decoder tokens read an encoder's output, kept once for each source"),
 )  # fmt: skip
