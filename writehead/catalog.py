@@ -60,6 +60,20 @@ MIXERS = _table(
          "a": {"name": "window", "window": 32}, "b": {"name": "leading", "count": 4}}}}),
     Row("bidirectional", "mixers.softmax:Softmax", "arXiv:1706.03762", "head sharing", "O(T^2)", "encode",
         "multi-head attention in which every token reads every other", {"pattern": {"name": "full"}}),
+    Row("reformer", "mixers.reformer:LSH", "arXiv:2001.04451", "learned pattern", "O(T log T)", "O(1)",
+        "tokens read the latest ones that locality-sensitive hashing puts into their bucket"),
+    Row("reformer_mqa", "mixers.reformer:LSH", "arXiv:2001.04451", "learned pattern", "O(T log T)", "O(1)",
+        "LSH attention with keys of their own, one write-head for all query heads", {"kv_heads": 1}),
+    Row("routing", "mixers.routing:Routing", "arXiv:2003.05997", "learned pattern", "O(T log T)", "O(1)",
+        "half of the heads read a window, the others the tokens that online k-means puts beside theirs"),
+    Row("routing_mqa", "mixers.routing:Routing", "arXiv:2003.05997", "learned pattern", "O(T log T)", "O(1)",
+        "routing attention with a write-head for the local and one for the routed heads", {"kv_heads": 1}),
+    Row("sinkhorn", "mixers.sinkhorn:Sinkhorn", "arXiv:2002.11296", "learned pattern", "O(T^2 / W)", "O(S)",
+        "blocks read themselves and a mixture of earlier blocks, sorted by a network"),
+    Row("sinkhorn_mqa", "mixers.sinkhorn:Sinkhorn", "arXiv:2002.11296", "learned pattern", "O(T^2 / W)",
+        "O(S)", "Sinkhorn attention with one write-head and one sorting for all heads", {"kv_heads": 1}),
+    Row("clustered", "mixers.clustered:Clustered", "arXiv:2007.04825", "learned pattern", "O(T C)", "encode",
+        "queries of a cluster share one row of attention, corrected at its largest keys"),
     Row("cross", "mixers.cross:Cross", "arXiv:1706.03762", "head sharing", "O(T S)", "O(1)",
         "decoder tokens read an encoder's output, kept once for each source"),
 )  # fmt: skip
@@ -80,6 +94,8 @@ POSITIONS = _table(
         "fixed waves added to what queries and keys are made of, never to values"),
     Row("learned", "positions.learned:Learned", "arXiv:1705.03122", "position", "O(T)", "O(1)",
         "a trained vector for each position, up to a limit"),
+    Row("axial", "positions.axial:Axial", "arXiv:2001.04451", "position", "O(T)", "O(1)",
+        "trained vectors put together from a small table for each axis of a grid of positions"),
     Row("rotary", "positions.rope:Rotary", "arXiv:2104.09864", "position", "O(T)", "O(1)",
         "pairs of query and key coordinates turn with the position"),
     Row("alibi", "positions.alibi:ALiBi", "arXiv:2108.12409", "position", "O(T S)", "O(1)",
@@ -91,6 +107,8 @@ POSITIONS = _table(
 STACKS = _table(
     Row("residual", "stacks.residual:Residual", "arXiv:1706.03762", "stack", "O(depth)", "O(depth)",
         "pre-norm, post-norm or parallel residual blocks"),
+    Row("reversible", "stacks.reversible:Reversible", "arXiv:2001.04451", "stack", "O(depth)", "O(depth)",
+        "two streams from which inputs are found again: training memory does not grow with depth"),
 )  # fmt: skip
 
 

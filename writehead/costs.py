@@ -191,8 +191,9 @@ def _around(model: Decoder | Encoder, call: Call) -> Work:
     weights += values(model.stack) - values(*_blocks(model))
     if isinstance(model, Encoder):
         return Work(weights=weights + lookup)
-    weights += V * X + (0 if own.output is None else lookup) + (0 if own.bias is None else V)
-    return Work(flops=2 * call.asked * V * X, weights=weights)
+    head = V * X if own.output is None else own.output.numel()
+    weights += head + (0 if own.output is None else lookup) + (0 if own.bias is None else V)
+    return Work(flops=2 * call.asked * head, weights=weights)
 
 
 def _position_values(scheme: Scheme, call: Call) -> int:
@@ -200,5 +201,5 @@ def _position_values(scheme: Scheme, call: Call) -> int:
     whole = values(scheme)
     if not whole or not has(scheme, "embed"):
         return whole
-    width = next(p.shape[-1] for p in scheme.parameters())
+    width = sum(p.shape[-1] for p in scheme.parameters())
     return min(whole, call.rows * width)

@@ -42,6 +42,9 @@ class CausalMixer(Protocol):
         only the returned one may be used; `select` makes an independent copy.
         """
 
+    # A mixer whose state is dear may also offer `whole(x, pos) -> (y, aux)`: `forward` from the empty past
+    # for whoever wants no state after. Stacks use it where it is.
+
     def state_bytes(self, batch: int, context: int, itemsize: int, store: Store = ...) -> int:
         """Bytes of the state after `context` tokens in each of `batch` rows, for values of `itemsize`
         bytes."""

@@ -123,8 +123,22 @@ class Decoder(nn.Module):
         x, state, _ = self.hidden(tokens, state)
         return self.logits(x), state
 
+    def whole(self, tokens: Tensor, memories: tuple[State, ...] | None = None) -> tuple[Tensor, Aux]:
+        """`hidden` from the empty past for whoever wants no state after: training and scoring.
+
+        Args:
+            tokens: (B, T) ids, -1 = padding.
+            memories: what each layer's cross-attention reads.
+        """
+        check_shape("tokens", tokens, "B T")
+        pos, _ = advance(tokens, torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device))
+        empty = (None,) * self.config.depth
+        state = tuple(zip(empty, memories or empty, strict=True))
+        y, aux = self.stack.whole(self.embedding(tokens, pos), pos, state)  # type: ignore[operator]
+        return y, aux
+
     def forward(self, tokens: Tensor) -> tuple[Tensor, Aux]:
         """Training and scoring: tokens (B, T) -> logits (B, T, V) and auxiliary values, from the empty
         past."""
-        x, _, aux = self.hidden(tokens, self.init_state(len(tokens)))
+        x, aux = self.whole(tokens)
         return self.logits(x), aux

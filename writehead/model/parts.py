@@ -27,9 +27,10 @@ class Embedding(nn.Module):
             nn.init.normal_(self.table, std=0.02)
         self.norm = nn.LayerNorm(config.dim) if config.embed_norm else None
         self.position = position
-        self.output = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab, config.dim))
+        width = output_width(config)
+        self.output = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab, width))
         if self.output is not None:
-            nn.init.normal_(self.output, std=config.dim**-0.5)
+            nn.init.normal_(self.output, std=width**-0.5)
         self.bias = nn.Parameter(torch.zeros(config.vocab)) if config.head_bias else None
         self.scale, self.logit_scale = config.embed_scale, config.logit_scale
 
@@ -61,6 +62,24 @@ class Embedding(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """x (..., X) -> (..., V)."""
         return self.bind_logits()(x)
+
+
+def output_width(config: ModelConfig) -> int:
+    """Width of what the stack gives: two streams side by side are twice as wide as the model.
+
+    Raises:
+        ValueError: nothing reads so wide an output.
+    """
+    if argument(STACKS, config.stack, "output") != "concat":
+        return config.dim
+    if config.kind == "encoder":
+        raise ValueError('an encoder gives vectors of width dim: its stack needs output="mean", not "concat"')
+    if config.tie_embeddings:
+        raise ValueError(
+            f'output="concat" makes the last vectors {2 * config.dim} wide, the embeddings have width '
+            f'{config.dim}: set tie_embeddings=False, or output="mean"'
+        )
+    return 2 * config.dim
 
 
 def build_position(config: ModelConfig) -> Scheme:

@@ -38,6 +38,7 @@ class Seq2Seq(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Aux]:
         """Training and scoring: source (B, S), target (B, T) -> logits (B, T, V) and auxiliary values."""
-        state, aux = self.read(source)
-        x, _, more = self.decoder.hidden(target, state)
+        x, pos, aux = self.encoder(source)
+        memories = tuple(block.cross.remember(x, pos) for block in self.decoder.blocks)
+        x, more = self.decoder.whole(target, memories)
         return self.decoder.logits(x), merge_aux(aux, more)

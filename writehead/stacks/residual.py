@@ -174,6 +174,11 @@ class Residual(nn.Module):
         """x (B, T, X) -> the stack's output, the layers' states, auxiliary values of all layers."""
         return self.bind()(x, pos, state)
 
+    def whole(self, x: Tensor, pos: Positions, state: tuple[State, ...]) -> tuple[Tensor, Aux]:
+        """The same from the empty past for whoever wants no state after."""
+        y, _, aux = self(x, pos, state)
+        return y, aux
+
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """The bidirectional form: x (B, T, X) -> the stack's output and auxiliary values."""
         aux = NOTHING

@@ -1,0 +1,215 @@
+"""Chains of additive couplings, differentiated without keeping what lies between them.
+
+A coupling takes the streams (a, b) to (b, a + f(b)). Its input follows from its output, a = n - f(b), so
+the backward pass computes each f a second time, from the last one to the first, and holds the streams of one
+only.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from writehead.core.positions import Positions
+from writehead.core.replay import Tape
+from writehead.core.state import State, apply, select, tensors
+
+Branch: TypeAlias = Callable[[Tensor, Positions, State], tuple[Tensor, State, Mapping[str, Tensor]]]
+
+
+@dataclass
+class Coupling:
+    """One f of a chain.
+
+    Attributes:
+        branch: f(b, pos, state) -> what it adds, the state after, auxiliary values.
+        modules: those whose parameters it uses.
+        state: its past, or None.
+        keep: is the state after it wanted?
+    """
+
+    branch: Branch
+    modules: Sequence[nn.Module]
+    state: State = None
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        found = {id(p): p for module in self.modules for p in module.parameters() if p.requires_grad}
+        self.parameters = list(found.values())
+        past = {id(t): t for t in tensors(self.state) if t.requires_grad}
+        self.past = list(past.values())
+
+
+@dataclass
+class Drift:
+    """How far the input that the last backward pass arrived at was from the true one.
+
+    Attributes:
+        worst: the largest deviation, relative to the largest value of the input; None = not measured yet.
+    """
+
+    worst: float | None = None
+
+
+@dataclass
+class _Run:
+    """One pass through a chain: what autograd.Function cannot hold."""
+
+    couplings: Sequence[Coupling]
+    pos: Positions
+    drift: Drift | None
+    tapes: list[Tape] = field(default_factory=list)
+    after: list[State] = field(default_factory=list)
+    aux: list[dict[str, int]] = field(default_factory=list)  # names, and where among the outputs
+    places: list[list[int]] = field(default_factory=list)  # of the tensors of each state after
+
+
+def plain(
+    x: Tensor, pos: Positions, couplings: Iterable[Coupling]
+) -> tuple[Tensor, Tensor, list[State], list[Mapping[str, Tensor]]]:
+    """The chain as it reads, both streams beginning with x; autograd, if on, keeps everything."""
+    a = b = x
+    states, aux = [], []
+    for coupling in couplings:
+        y, after, more = coupling.branch(b, pos, coupling.state)
+        a, b = b, a + y
+        states.append(after if coupling.keep else None)
+        aux.append(more)
+    return a, b, states, aux
+
+
+def reversible(
+    x: Tensor, pos: Positions, couplings: Sequence[Coupling], drift: Drift | None = None
+) -> tuple[Tensor, Tensor, list[State], list[Mapping[str, Tensor]]]:
+    """The same values and gradients, with the activations of one coupling at a time.
+
+    Args:
+        x: (B, T, X), both streams at the beginning; in no fewer bits than they shall be kept in.
+        pos: where the tokens stand.
+        couplings: the chain; a state that is kept is not consumed.
+        drift: where to note how exactly the backward pass found x again.
+
+    Returns:
+        The two streams, the state after each coupling (None where it is not kept), and auxiliary values.
+    """
+    run = _Run(couplings, pos, drift)
+    inputs = {id(t): t for c in couplings for t in (*c.past, *c.parameters)}
+    a, b, *more = _Chain.apply(  # type: ignore[no-untyped-call]
+        run, x, list(inputs), *inputs.values()
+    )
+    states = []
+    for after, places in zip(run.after, run.places, strict=True):
+        found = iter([more[i] if i >= 0 else None for i in places])
+        states.append(apply(after, partial(_put, found)))
+    return a, b, states, [{name: more[i] for name, i in names.items()} for names in run.aux]
+
+
+def _put(outputs: Iterator[Tensor | None], t: Tensor) -> Tensor:
+    """The output that stands for t, or t itself."""
+    output = next(outputs)
+    return t if output is None else output
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: _Run, x: Tensor, names: list[int], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.run, ctx.names = run, names
+        known = {id(t) for t in inputs}
+        device = x.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        a = b = x
+        outputs: list[Tensor] = []
+        for coupling in run.couplings:
+            tape = Tape()
+            state = _copy(coupling.state) if coupling.keep else coupling.state
+            with tape.record():
+                y, after, aux = coupling.branch(b, run.pos, state)
+            a, b = b, a + y
+            run.tapes.append(tape)
+            kept = list(_distinct(after)) if coupling.keep else []
+            run.after.append(after if coupling.keep else None)
+            run.places.append([_place(t, known, outputs) for t in kept])
+            run.aux.append({name: _place(t, set(), outputs) for name, t in aux.items()})
+        a, b = (x.clone() if t is x else t for t in (a, b))
+        ctx.save_for_backward(a, b, *([x] if run.drift is not None else []))
+        ctx.set_materialize_grads(False)
+        return (a, b, *outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        run: _Run = ctx.run
+        a, b, *true = ctx.saved_tensors
+        found: dict[int, Tensor] = {}
+        g_a, g_b = (torch.zeros_like(t) if g is None else g for t, g in zip((a, b), grads, strict=False))
+        more = grads[2:]
+        for i in reversed(range(len(run.couplings))):
+            wanted = [run.places[i], list(run.aux[i].values())]
+            y, g = _again(
+                ctx, i, a, g_b, [more[p] if p >= 0 else None for places in wanted for p in places], found
+            )
+            a, b = b - y, a
+            g_a, g_b = g_b, g_a + g
+        if run.drift is not None:
+            size = true[0].abs().max().clamp_min(torch.finfo(true[0].dtype).tiny)
+            run.drift.worst = float(
+                torch.maximum((a - true[0]).abs().max(), (b - true[0]).abs().max()) / size
+            )
+        return (None, g_a + g_b, None, *(found.get(name) for name in ctx.names))
+
+
+def _again(
+    ctx: Any, i: int, b: Tensor, g_y: Tensor, g_more: list[Tensor | None], found: dict[int, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What coupling i added, computed again from b, and its gradient by b; others are added to `found`."""
+    run: _Run = ctx.run
+    coupling, device = run.couplings[i], ctx.autocast
+    leaf = b.detach().requires_grad_()
+    past = {id(t): t.detach().requires_grad_() for t in coupling.past}
+    state = apply(coupling.state, lambda t: past.get(id(t), t))
+    with torch.enable_grad(), run.tapes[i].replay(), torch.autocast(device[0], device[1], enabled=device[2]):
+        # a new `Positions`: what the first one computed for all layers carries no gradient
+        y, after, aux = coupling.branch(leaf, Positions(run.pos.index), state)
+        outputs = [y, *(_distinct(after) if coupling.keep else ()), *aux.values()]
+        pairs = [
+            (t, g.to(t.dtype))
+            for t, g in zip(outputs, [g_y, *g_more], strict=True)
+            if g is not None and t.requires_grad
+        ]
+        leaves = [leaf, *past.values(), *coupling.parameters]
+        names = [*past, *(id(p) for p in coupling.parameters)]
+        outs, gs = [t for t, _ in pairs], [g for _, g in pairs]
+        by = torch.autograd.grad(outs, leaves, gs, allow_unused=True) if pairs else [None] * len(leaves)
+    for name, g in zip(names, by[1:], strict=True):
+        if g is not None:
+            found[name] = found[name] + g if name in found else g
+    return y.detach(), torch.zeros_like(b) if by[0] is None else by[0]
+
+
+def _copy(state: State) -> State:
+    """The state as a value of its own, since a call consumes what it is given."""
+    first = next(tensors(state), None)
+    return state if first is None else select(state, torch.arange(len(first), device=first.device))
+
+
+def _distinct(state: State) -> Iterable[Tensor]:
+    """Each tensor of the tree once, in the order in which `apply` meets them."""
+    found: list[Tensor] = []
+
+    def note(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    apply(state, note)
+    return found
+
+
+def _place(t: Tensor, known: set[int], outputs: list[Tensor]) -> int:
+    """Where t comes to stand among the outputs of the function; -1 = it has no gradient or is an input."""
+    if id(t) in known or not t.is_floating_point():
+        return -1
+    outputs.append(t)
+    return len(outputs) - 1
