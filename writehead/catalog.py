@@ -62,6 +62,11 @@ MIXERS = _table(
         "multi-head attention in which every token reads every other", {"pattern": {"name": "full"}}),
     Row("cross", "mixers.cross:Cross", "arXiv:1706.03762", "head sharing", "O(T S)", "O(1)",
         "decoder tokens read an encoder's output, kept once for each source"),
+    Row("transformer_xl", "mixers.transformer_xl:TransformerXL", "arXiv:1901.02860", "recurrence", "O(T W)",
+        "O(W)", "a segment reads itself and the hidden states before it, by relative positions"),
+    Row("transformer_xl_sliding", "mixers.transformer_xl:TransformerXL", "arXiv:1901.02860", "recurrence",
+        "O(T W)", "O(W)", "every query reads the last `memory` keys, by relative positions",
+        {"segment": None}),
 )  # fmt: skip
 
 FEEDFORWARDS = _table(
