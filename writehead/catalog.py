@@ -67,6 +67,8 @@ MIXERS = _table(
     Row("transformer_xl_sliding", "mixers.transformer_xl:TransformerXL", "arXiv:1901.02860", "recurrence",
         "O(T W)", "O(W)", "every query reads the last `memory` keys, by relative positions",
         {"segment": None}),
+    Row("compressive", "mixers.compressive:Compressive", "arXiv:1911.05507", "recurrence", "O(T W)", "O(W)",
+        "Transformer-XL whose oldest memories are compressed and kept for longer"),
 )  # fmt: skip
 
 FEEDFORWARDS = _table(

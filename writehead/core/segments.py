@@ -67,6 +67,11 @@ def remember(kv: KV, x: Tensor, pos: Positions, project: Project) -> tuple[KV, K
     Returns:
         The memory after the tokens, and what their queries may read.
     """
+    return keep(kv, x, pos, project)[:2]
+
+
+def keep(kv: KV, x: Tensor, pos: Positions, project: Project) -> tuple[KV, Keys, Tensor | None]:
+    """As `remember`, and the hidden states (B, S, X) of those keys where the memory keeps them."""
     hidden = kv.v.shape[-1] == 0
     if torch.is_grad_enabled():
         if not hidden and kv.used == 0 and kv.k.dtype == x.dtype:
@@ -75,10 +80,13 @@ def remember(kv: KV, x: Tensor, pos: Positions, project: Project) -> tuple[KV, K
     elif hidden:
         kv, hidden = projected(kv, project), False
     if not hidden:
-        return append(kv, *project(x), pos)
+        return *append(kv, *project(x), pos), None
     states = x[:, :, None]
+    if not (states.requires_grad or kv.k.requires_grad):
+        # constants whose projections are learned: `append` would overwrite what the backward pass reads
+        kv = replace(kv, k=kv.k.clone())
     kv, keys = append(kv, states, states[..., :0], pos)
-    return kv, Keys(*project(keys.k[:, :, 0]), keys.pos)
+    return kv, Keys(*project(keys.k[:, :, 0]), keys.pos), keys.k[:, :, 0]
 
 
 def projected(kv: KV, project: Project) -> KV:

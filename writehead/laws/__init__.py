@@ -34,6 +34,7 @@ TINY: Mapping[str, Any] = {
     "window": 6,
     "segment": 4,
     "memory": 8,
+    "compressed": 5,
 }  # a row's arguments when `check_row` builds it, at any depth
 
 

@@ -128,12 +128,12 @@ class TransformerXL(nn.Module):
 
 
 def projections(
-    qkv: QKV,
+    qkv: QKV, learn: bool = True
 ) -> tuple[Callable[[Tensor, Positions], Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]:
     """The queries of new tokens, and the keys and values of new or remembered ones, as functions of hidden
-    states."""
+    states; without `learn` no gradient reaches their weights."""
     H, G, D, X = qkv.heads, qkv.kv_heads, qkv.head_dim, qkv.weight.shape[1]
-    q_rows, kv_rows = qkv.weight.split([H * D, 2 * G * D])
+    q_rows, kv_rows = (qkv.weight if learn else qkv.weight.detach()).split([H * D, 2 * G * D])
 
     def query(x: Tensor, pos: Positions) -> Tensor:
         B, T = pos.index.shape
