@@ -69,6 +69,10 @@ MIXERS = _table(
         {"segment": None}),
     Row("compressive", "mixers.compressive:Compressive", "arXiv:1911.05507", "recurrence", "O(T W)", "O(W)",
         "Transformer-XL whose oldest memories are compressed and kept for longer"),
+    Row("long_short", "mixers.long_short:LongShort", "arXiv:2107.02192", "low rank", "O(T W + T^2 R / C)",
+        "O(S)", "a window of tokens and a few summaries of every earlier chunk, in one softmax"),
+    Row("long_short_encoder", "mixers.long_short:LongShortEncoder", "arXiv:2107.02192", "low rank",
+        "O(T (W + R))", "encode", "a window on both sides and R summaries of the whole sequence"),
 )  # fmt: skip
 
 FEEDFORWARDS = _table(

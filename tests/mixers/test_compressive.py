@@ -47,6 +47,20 @@ def test_any_sizes_are_the_papers_algorithm_with_its_gradients(
         torch.testing.assert_close(a, b, **EXACT)
 
 
+@pytest.mark.parametrize(
+    ("segment", "memory", "compressed", "ratio"), [(2, 4, 3, 2), (3, 3, 1, 1), (4, 4, 5, 2)]
+)
+def test_single_tokens_find_every_slot_that_one_call_reads(segment, memory, compressed, ratio):
+    sizes = {"segment": segment, "memory": memory, "compressed": compressed, "ratio": ratio}
+    mixer = large(Compressive(8, heads=2, compression="max", **sizes))
+    x, state, steps = torch.randn(2, 27, 8).double(), None, []
+    with torch.no_grad():
+        for t in range(27):
+            y, state, _ = mixer(x[:, t : t + 1], Positions.range(2, t, t + 1), state)
+            steps.append(y)
+        torch.testing.assert_close(torch.cat(steps, 1), mixer(x, Positions.range(2, 0, 27))[0], **EXACT)
+
+
 def test_the_language_models_loss_does_not_reach_the_compression():
     mixer = large(Compressive(8, heads=2, segment=4, memory=4, compressed=4))
     y, _, _ = mixer(torch.randn(1, 20, 8).double(), Positions.range(1, 0, 20))

@@ -47,7 +47,7 @@ def close(state: Open, x: Tensor, pos: Positions) -> tuple[Open, Blocks | None]:
     """Take T new tokens in.
 
     Args:
-        state: what waits.
+        state: what waits; consumed.
         x: (B, T, X), what stands at `pos`; padding is left out.
         pos: where the tokens stand.
 
@@ -62,6 +62,9 @@ def close(state: Open, x: Tensor, pos: Positions) -> tuple[Open, Blocks | None]:
     N = int(whole.max())
     row, token = pos.valid.nonzero(as_tuple=True)
     slot = pos.index[row, token] - start[row]
+    if N == 0 and not torch.is_grad_enabled():
+        rest[row, slot] = x[row, token].to(rest.dtype)
+        return Open(rest, after), None
     seen = torch.cat([rest, rest.new_zeros(B, N * C, X)], 1)
     seen = seen.index_put((row, slot), x[row, token].to(rest.dtype)).unflatten(1, (N + 1, C))
     rows = torch.arange(B, device=x.device)

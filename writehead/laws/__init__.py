@@ -35,6 +35,8 @@ TINY: Mapping[str, Any] = {
     "segment": 4,
     "memory": 8,
     "compressed": 5,
+    "chunk": 4,
+    "rank": 2,
 }  # a row's arguments when `check_row` builds it, at any depth
 
 
