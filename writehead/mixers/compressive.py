@@ -3,7 +3,7 @@
 Paper     Rae et al. 2019, "Compressive Transformers for Long-Range Sequence Modelling", arXiv:1911.05507
 Equation  Transformer-XL's attention over [cm, m, h]: M_c compressed slots, M recent tokens, the segment of L
           tokens up to the query; a segment of hidden states that leaves m becomes L / C slots of cm, f_c(h)
-State     keys and values of L + M tokens and of M_c + (M + L) / C slots, the hidden states of the open segment
+State     keys and values of L + M tokens and of M_c + (M + L) / C slots, hidden states of the open segment
 Cost      whole sequence O(T (L + M + M_c) H D); one token O((L + M + M_c) H D); reach M + C M_c a layer
 Decodes   exactly: segments begin at absolute multiples of L, so calls may be cut anywhere
 Differs   a segment is compressed when it is whole and read once it has left m, which gives the paper's
@@ -105,7 +105,7 @@ class Compressive(nn.Module):
 
     @property
     def reach(self) -> Reach:
-        """Of the compressed slots, with those that wait behind the memory and those of the open segment, which
+        """Of the compressed slots, those that wait behind the memory, and those of the open segment, which
         its last query stores while it reads the oldest."""
         return Reach(0, self.compressed + (self.recent.memory + self.recent.segment) // self.ratio)
 
