@@ -33,6 +33,7 @@ SMALL = {  # windows that fill within a few tokens
     "sink_mqa": SINKS,
     "transformer_xl": {"segment": 3, "memory": 4},
     "transformer_xl_sliding": {"memory": 5},
+    "luna": {"slots": 3},
     "long_short": {"window": 4, "chunk": 3, "rank": 2},
     "compressive": {"segment": 2, "memory": 4, "compressed": 3},
 }

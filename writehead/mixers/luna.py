@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from writehead.core.bind import Of, itself
 from writehead.core.cache import Store
@@ -27,6 +28,7 @@ from writehead.core.work import Call, Work, products, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.attend import attend
 
+LN2 = 0.6931471805599453
 PIECE = 64  # tokens whose products are made pair by pair
 
 
@@ -122,7 +124,7 @@ class Luna(nn.Module):
             k = split(key(x)).to(packed)
             scores = torch.einsum("btgd,mgd->btgm", split(pack_key(x)), split(pack_query(slots))) * scale
             a = log2_1p_exp2(scores).to(packed) * pos.valid[..., None, None]
-            share = (1 / (pos.index + 1).clamp_min(1)).to(packed)[..., None, None, None]
+            share = (pos.index + 1).clamp_min(1).to(packed)[..., None, None, None].reciprocal()
             read, packed = prefix(q, k, a, packed)
             u = (read * share * scale).softmax(-1)
             y, unpacked = prefix(u, a, k * pos.valid[..., None, None], unpacked)
@@ -188,8 +190,8 @@ class LunaEncoder(nn.Module):
 
 
 def log2_1p_exp2(x: Tensor) -> Tensor:
-    """log2(1 + 2^x): softplus with beta = ln 2, 1 at 0 (torch's own knows beta to single precision only)."""
-    return torch.logaddexp2(x, torch.zeros((), dtype=x.dtype, device=x.device))
+    """log2(1 + 2^x): softplus with beta = ln 2, 1 at 0."""
+    return F.softplus(x, beta=LN2, threshold=40)
 
 
 def prefix(q: Tensor, k: Tensor, v: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:

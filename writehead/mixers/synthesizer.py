@@ -47,13 +47,14 @@ class Dense(nn.Module):
         inner = F.relu(self.inner(x)).unflatten(-1, self.shape).unbind(2)
         if len(inner) == 1:
             return self._factor(inner[0], 0, end)
-        a, c = (self._factor(part, i, None) for i, part in enumerate(inner))
+        a, c = (self._factor(inner[i], i, None) for i in range(2))
         pairs: Tensor = a[..., :, None] * c[..., None, :]
         return pairs.flatten(-2)[..., :end]
 
     def _factor(self, inner: Tensor, i: int, end: int | None) -> Tensor:
         scores: Tensor = torch.einsum("bthd,hnd->bhtn", inner, self.outer[i][:, :end])
-        return scores + self.bias[i][:, None, :end]
+        bias: Tensor = self.bias[i][:, None, :end]
+        return scores + bias
 
 
 class Table(nn.Module):
