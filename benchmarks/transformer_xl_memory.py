@@ -22,7 +22,7 @@ from writehead.config import ModelConfig
 from writehead.core.state import detach
 from writehead.model.decoder import Decoder
 
-SEGMENT, ROWS, DIM, DEPTH, HEADS = 32, 16, 96, 3, 4
+SEGMENT, ROWS, DIM, DEPTH, HEADS = 8, 32, 64, 2, 4
 
 
 def config(name: str, **options: int) -> ModelConfig:
@@ -64,8 +64,8 @@ def train(model: Decoder, text: Tensor, steps: int, peak: float = 3e-3) -> float
 @torch.no_grad()
 def bits(model: Decoder, text: Tensor) -> float:
     """Bits per character with the state carried through all of the text."""
-    state, total, count = model.init_state(4), 0.0, 0
-    for tokens, targets in segments(text, 4):
+    state, total, count = model.init_state(ROWS), 0.0, 0
+    for tokens, targets in segments(text, ROWS):
         logits, state = model.step(tokens, state)
         total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
         count += targets.numel()
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--held-out", type=int, default=40000, help="characters to evaluate on")
     given = parser.parse_args()
@@ -87,10 +87,10 @@ def main() -> None:
     border = len(text) * 9 // 10
     cases = {
         "no memory": config("transformer_xl", memory=0),
-        "memory 64": config("transformer_xl", memory=64),
-        "memory 64, compressed 32": config("compressive", memory=64, compressed=32, ratio=4),
+        "memory 24": config("transformer_xl", memory=24),
+        "memory 24, compressed 8": config("compressive", memory=24, compressed=8, ratio=4),
     }
-    longer = {"memory 64": {"memory 192": config("transformer_xl", memory=192)}}
+    longer = {"memory 24": {"memory 64": config("transformer_xl", memory=64)}}
     found: list[dict[str, object]] = []
     for seed in range(given.seeds):
         for name, made in cases.items():

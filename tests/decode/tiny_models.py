@@ -32,12 +32,12 @@ SMALL = {  # windows that fill within a few tokens
     "local_mqa": RING,
     "sink_mqa": SINKS,
     "transformer_xl": {"segment": 3, "memory": 4},
-    "transformer_xl_sliding": {"memory": 5},
+    "sliding_xl": {"memory": 5},
     "luna": {"slots": 3},
     "long_short": {"window": 4, "chunk": 3, "rank": 2},
     "compressive": {"segment": 2, "memory": 4, "compressed": 3},
 }
-SEEDS = {"transformer_xl": 9, "transformer_xl_sliding": 9}  # whose texts do not end at once
+SEEDS = {"transformer_xl": 9, "sliding_xl": 9}  # whose texts do not end at once
 CAUSAL = [name for name, row in MIXERS.items() if row.decodes not in ("encode", "O(1)")]
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1], [2, 3]]
 
