@@ -1,5 +1,6 @@
 """Costs: closed figures against counted operations, real parameters and real states."""
 
+import inspect
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from writehead.catalog import FEEDFORWARDS, MIXERS
+from writehead.catalog import FEEDFORWARDS, MIXERS, load
 from writehead.config import ModelConfig
 from writehead.core.cache import Store
 from writehead.core.pattern import Causal, Full, Leading, PerHead, Window
@@ -41,6 +42,8 @@ def counted(call: Any) -> int:
 
 def config(mixer: Any = "mqa", **changes: Any) -> ModelConfig:
     spec = {"name": mixer, "heads": 4} if isinstance(mixer, str) else mixer
+    if "position" not in inspect.signature(load(MIXERS[spec["name"]])).parameters:
+        changes = {"position": {"name": "none"}, **changes}
     return ModelConfig(**{"vocab": 50, "dim": 32, "depth": 2, "mixer": spec, **changes})
 
 

@@ -1,12 +1,13 @@
 """Small float64 models whose texts wander, and an engine that counts what it is asked to compute."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from writehead.catalog import MIXERS
+from writehead.catalog import MIXERS, load
 from writehead.config import ModelConfig
 from writehead.core.cache import Store
 from writehead.core.positions import Positions
@@ -26,7 +27,17 @@ SINKS = {
         "b": {"name": "or", "a": {"name": "window", "window": 4}, "b": {"name": "leading", "count": 2}},
     }
 }
-SMALL = {"local_mha": RING, "local_mqa": RING, "sink_mqa": SINKS}  # windows that fill within a few tokens
+SMALL = {  # windows that fill within a few tokens
+    "local_mha": RING,
+    "local_mqa": RING,
+    "sink_mqa": SINKS,
+    "transformer_xl": {"segment": 3, "memory": 4},
+    "sliding_xl": {"memory": 5},
+    "luna": {"slots": 3},
+    "long_short": {"window": 4, "chunk": 3, "rank": 2},
+    "compressive": {"segment": 2, "memory": 4, "compressed": 3},
+}
+SEEDS = {"transformer_xl": 9, "sliding_xl": 9}  # whose texts do not end at once
 CAUSAL = [name for name, row in MIXERS.items() if row.decodes not in ("encode", "O(1)")]
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1], [2, 3]]
 
@@ -44,14 +55,17 @@ def spread(model: nn.Module, seed: int) -> Any:
 
 def config(mixer: str = "gqa", position: str = "rotary", **values: Any) -> ModelConfig:
     """A decoder of two layers."""
+    takes = inspect.signature(load(MIXERS[mixer])).parameters
     spec = {"name": mixer, "heads": 4, **SMALL.get(mixer, {})}
+    if "position" not in takes and position in ("infused", "rotary", "alibi", "t5"):
+        position = "none"  # the mixer brings its own
     scheme = {"name": position} | ({"max_context": 64} if position == "learned" else {})
     given = {"vocab": VOCAB, "dim": 16, "depth": 2, "mixer": spec, "position": scheme} | values
     return ModelConfig(feedforward={"name": "dense", "hidden": 24}, **given)
 
 
-def decoder(mixer: str = "gqa", position: str = "rotary", seed: int = 2, **values: Any) -> Decoder:
-    return spread(Decoder(config(mixer, position, **values)), seed)
+def decoder(mixer: str = "gqa", position: str = "rotary", seed: int | None = None, **values: Any) -> Decoder:
+    return spread(Decoder(config(mixer, position, **values)), SEEDS.get(mixer, 2) if seed is None else seed)
 
 
 def seq2seq(seed: int = 2) -> Seq2Seq:

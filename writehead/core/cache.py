@@ -289,6 +289,8 @@ def _encode(t: Tensor, kv: KV) -> tuple[Tensor, Tensor | None]:
     """The stored form of t (B, G, T, D)."""
     if kv.scales is None:
         return (t if t.dtype == kv.k.dtype else t.to(kv.k.dtype)), None
+    if not t.shape[-1]:  # a cache of values without keys
+        return t.to(torch.int8), t.new_zeros(*t.shape[:-1], 1, dtype=torch.float32)
     scale = t.detach().abs().amax(-1, keepdim=True).float() / 127
     return (t / scale.clamp_min(1e-30).to(t)).round().to(torch.int8), scale
 

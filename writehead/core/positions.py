@@ -20,11 +20,13 @@ class Positions:
 
     Attributes:
         index: (B, T) int64, -1 = padding; within a row the positions of real tokens rise.
+        streams: what layers of one call hand on by name beside x, such as Luna's slots.
     """
 
     def __init__(self, index: Tensor) -> None:
         check_shape("pos", index, "B T")
         self.index = index
+        self.streams: dict[str, Tensor] = {}
         self._once = Once()
         self._start: int | None = None
         self._known = False

@@ -32,6 +32,11 @@ DIM, LENGTH = 16, 29
 TINY: Mapping[str, Any] = {
     "heads": 4,
     "window": 6,
+    "segment": 4,
+    "memory": 8,
+    "compressed": 5,
+    "chunk": 4,
+    "rank": 2,
 }  # a row's arguments when `check_row` builds it, at any depth
 
 
@@ -185,7 +190,7 @@ def build_tiny(row: Row, position: Spec, seed: int = 0) -> nn.Module:
 
 def _shrunk(preset: Any) -> Any:
     if isinstance(preset, Mapping):
-        return {k: TINY.get(k, _shrunk(v)) for k, v in preset.items()}
+        return {k: v if v is None else TINY.get(k, _shrunk(v)) for k, v in preset.items()}
     return [_shrunk(v) for v in preset] if isinstance(preset, list | tuple) else preset
 
 

@@ -1,0 +1,252 @@
+"""Compressive Transformer: what leaves the memory is compressed and kept for longer.
+
+Paper     Rae et al. 2019, "Compressive Transformers for Long-Range Sequence Modelling", arXiv:1911.05507
+Equation  Transformer-XL's attention over [cm, m, h]: M_c compressed slots, M recent tokens, the segment of L
+          tokens up to the query; a segment of hidden states that leaves m becomes L / C slots of cm, f_c(h)
+State     keys and values of L + M tokens and of M_c + (M + L) / C slots, hidden states of the open segment
+Cost      whole sequence O(T (L + M + M_c) H D); one token O((L + M + M_c) H D); reach M + C M_c a layer
+Decodes   exactly: segments begin at absolute multiples of L, so calls may be cut anywhere
+Differs   a segment is compressed when it is whole and read once it has left m, which gives the paper's
+          function and spares the hidden states of m; distances count slots, as in the paper; no
+          most-used compression; the reconstruction loss is a mean over queries and channels
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from writehead.core.bind import Of, itself
+from writehead.core.cache import KV, Keys, Layout, Store, empty, state_bytes
+from writehead.core.chunks import Open, close, open_bytes, opened, summarise
+from writehead.core.heads import QKV
+from writehead.core.pattern import Reach
+from writehead.core.positions import Positions
+from writehead.core.segments import Segments, keep
+from writehead.core.shapes import check_choice, check_multiple
+from writehead.core.work import Call, Work, products, scores, values
+from writehead.mixer import NOTHING, Aux
+from writehead.mixers.softmax import _views
+from writehead.mixers.transformer_xl import distances, projections
+from writehead.ops.attend import attend, merge
+from writehead.positions.relative import Relative
+
+
+class Compressed(NamedTuple):
+    """The past."""
+
+    open: Open  # hidden states of the open segment
+    recent: KV  # memory and open segment
+    old: KV  # compressed slots, also those of segments that the memory still holds
+
+
+class Pool(nn.Module):
+    """f_c: every C hidden states of a block (B, N, L, X) become one."""
+
+    def __init__(self, dim: int, ratio: int, kind: str) -> None:
+        super().__init__()
+        check_choice("compression", kind, ("conv", "max", "mean"))
+        self.ratio, self.kind = ratio, kind
+        self.map = nn.Linear(ratio * dim, dim) if kind == "conv" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups: Tensor = x.unflatten(2, (-1, self.ratio))
+        if self.map is not None:
+            return self.map(groups.flatten(3))  # type: ignore[no-any-return]
+        return groups.mean(3) if self.kind == "mean" else torch.amax(groups, 3)
+
+
+class Compressive(nn.Module):
+    """Self-attention with a memory, and a compressed memory behind it."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        segment: int = 128,
+        memory: int = 128,
+        compressed: int = 128,
+        ratio: int = 2,
+        compression: str = "conv",
+    ) -> None:
+        """Make the mixer.
+
+        Args:
+            dim: width X, even.
+            heads, kv_heads, head_dim: as in `Softmax`.
+            segment: tokens L that are compressed together, a multiple of `ratio`.
+            memory: tokens M before the segment that its queries read, a multiple of `segment`.
+            compressed: slots M_c that reach further back.
+            ratio: tokens C that become one slot.
+            compression: "conv" (learned by the reconstruction loss in aux alone), "max" or "mean".
+
+        Raises:
+            ValueError: numbers that do not divide or are out of range, an unknown compression.
+        """
+        super().__init__()
+        check_multiple("segment", segment, "ratio", ratio)
+        check_multiple("memory", memory, "segment", segment)
+        if compressed < 1:
+            raise ValueError(f"compressed={compressed} must be at least 1; without it use transformer_xl")
+        self.recent = Segments(segment, memory)
+        self.compressed, self.ratio, self.per_block = compressed, ratio, segment // ratio
+        self.qkv = QKV(dim, heads, kv_heads, head_dim)
+        H, G, D = self.qkv.heads, self.qkv.kv_heads, self.qkv.head_dim
+        self.relative = Relative(dim, G, D)
+        self.content_bias = nn.Parameter(0.02 * torch.randn(H, D))
+        self.place_bias = nn.Parameter(0.02 * torch.randn(H, D))
+        self.compress = Pool(dim, ratio, compression)
+        self.out = nn.Linear(H * D, dim, bias=False)
+        self.scale = D**-0.5
+
+    @property
+    def reach(self) -> Reach:
+        """Of the compressed slots, those that wait behind the memory, and those of the open segment, which
+        its last query stores while it reads the oldest."""
+        return Reach(0, self.compressed + (self.recent.memory + self.recent.segment) // self.ratio)
+
+    def init_state(self, batch: int, like: Tensor, store: Store = Store()) -> Compressed:
+        widths = (self.qkv.head_dim, self.qkv.head_dim)
+        recent, old = (
+            empty(batch, self.qkv.kv_heads, widths, reach, store, like)
+            for reach in (self.recent.reach, self.reach)
+        )
+        return Compressed(opened(batch, self.recent.segment, like, self.qkv.weight.shape[1]), recent, old)
+
+    def state_bytes(self, batch: int, context: int, itemsize: int, store: Store = Store()) -> int:
+        D, X = self.qkv.head_dim, self.qkv.weight.shape[1]
+        size = itemsize if store.dtype is None else store.dtype.itemsize
+        total = open_bytes(batch, self.recent.segment, X, itemsize)
+        slots = context // self.recent.segment * self.per_block
+        for reach, seen in ((self.recent.reach, context), (self.reach, slots)):
+            held = Layout.of(reach, store).slots(seen, store.capacity)
+            total += state_bytes(batch, held, self.qkv.kv_heads, (D, D), size)
+        return total
+
+    def work(self, call: Call) -> Work:
+        H, D = self.qkv.heads, self.qkv.head_dim
+        L, M = self.recent.segment, self.recent.memory
+        slots = min(self.compressed, max(0, (call.context // L - M // L) * self.per_block))
+        slot = call.batch * call.slot_bytes(self.qkv.kv_heads, 2 * D)
+        near = min(call.context, L + M)
+        return Work(
+            flops=2 * call.rows * (products(self.qkv, self.out) + products(self.compress) // self.ratio)
+            + 2 * 2 * D * (scores(self.recent, H, call) + call.rows * H * slots)
+            + self.relative.flops(call.rows * H, near + slots),
+            weights=values(self),
+            state_read=(near + slots) * slot,
+            state_written=min(call.tokens, L + M) * slot,
+        )
+
+    def bind(self, of: Of = itself) -> Callable[..., tuple[Tensor, Compressed, Aux]]:
+        query, project = projections(self.qkv)
+        attend_to, lose, out, start = self._attend(of), self._lose(), of(self.out), self.init_state
+        compress, per_block, learns = of(self.compress), self.per_block, self.compress.map is not None
+
+        def pooled(blocks: Tensor) -> Tensor:
+            # neither the language model's loss reaches f_c nor anything flows back into the tokens
+            with torch.no_grad():
+                slots: Tensor = compress(blocks)
+            return slots
+
+        def run(x: Tensor, pos: Positions, state: Compressed | None = None) -> tuple[Tensor, Compressed, Aux]:
+            waiting, recent, old = start(len(x), x) if state is None else state
+            q = query(x, pos)
+            recent, near, hidden = keep(recent, x, pos, project)
+            waiting, blocks = close(waiting, x.detach(), pos)
+            old, far = summarise(old, blocks, per_block, pooled, project, x)
+            aux = lose(q, hidden, near, pos) if learns and self.training and hidden is not None else NOTHING
+            return out(attend_to(q, near, far, pos).flatten(2)), Compressed(waiting, recent, old), aux
+
+        return run
+
+    def forward(
+        self, x: Tensor, pos: Positions, state: Compressed | None = None
+    ) -> tuple[Tensor, Compressed, Aux]:
+        return self.bind()(x, pos, state)
+
+    def _attend(self, of: Of) -> Callable[[Tensor, Keys, Keys, Positions], Tensor]:
+        pattern, scale, relative = self.recent, self.scale, of(self.relative)
+        u, v, per_block, most = self.content_bias, self.place_bias, self.per_block, self.compressed
+
+        def run(q: Tensor, near: Keys, far: Keys, pos: Positions) -> Tensor:
+            pieces, exact = [], torch.is_grad_enabled()
+            for view in pos.once(_views, pos, near.pos, pattern, True):
+                t, s = view.queries, view.keys
+                placed, read = (q[:, t] + v) * scale, q[:, t] + u
+                bias = relative(placed, pos.once(distances, view.q, view.k), pos)
+                k, val = near.k[:, s], near.v[:, s]
+                part = attend(read, k, val, mask=view.mask, bias=bias, scale=scale, exact=exact)
+                mask, away = _slots(view.q, far.pos, pattern, per_block, most)
+                if bool(mask.any()):
+                    bias = relative(placed, away, pos)
+                    other = attend(read, far.k, far.v, mask=mask, bias=bias, scale=scale, exact=exact)
+                    part = merge([part, other])
+                pieces.append(part[0])
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+        return run
+
+    def _lose(self) -> Callable[[Tensor, Tensor, Keys, Positions], Aux]:
+        """The attention reconstruction loss, whose gradient reaches f_c only.
+
+        Each query reads by content alone, without positions, the segment that leaves the memory when its own
+        ends: once as tokens and once compressed.
+        """
+        L, lag, scale, per_block = (
+            self.recent.segment,
+            self.recent.memory // self.recent.segment,
+            self.scale,
+            self.per_block,
+        )
+        _, project = projections(self.qkv, learn=False)
+
+        def run(q: Tensor, hidden: Tensor, near: Keys, pos: Positions) -> Aux:
+            q, leaving = q.detach(), _floor(pos.index, L) - lag
+            valid = pos.valid & (leaving >= 0)
+            number, blocks = _gather(hidden.detach(), near.pos, leaving, valid, L)
+            k, v = project(self.compress(blocks).flatten(1, 2))
+            of_slot = number.repeat_interleave(per_block, 1)
+            asked = torch.where(valid, leaving, -1)[:, None, :, None]
+            short = attend(q, k, v, mask=asked == of_slot[:, None, None], scale=scale, exact=True)[0]
+            of_token = torch.where(near.pos >= 0, _floor(near.pos, L), -2)
+            known = (asked == of_token[:, None, None]) & valid[:, None, :, None]
+            long = attend(q, near.k.detach(), near.v.detach(), mask=known, scale=scale)[0]
+            error = (long - short).square().mean((2, 3)) * valid
+            return {"reconstruction": error.sum() / valid.sum().clamp_min(1)}
+
+        return run
+
+
+def _floor(index: Tensor, size: int) -> Tensor:
+    return torch.div(index, size, rounding_mode="floor")
+
+
+def _gather(hidden: Tensor, pos: Tensor, leaving: Tensor, valid: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The numbers (B, N) and hidden states (B, N, L, X) of the blocks that queries ask for.
+
+    Args:
+        hidden, pos: hidden states (B, S, X) and their positions, -1 = nothing.
+        leaving, valid: (B, T) the block that each query asks for, and whether it does.
+        size: tokens L of a block.
+    """
+    low = torch.where(valid, leaving, leaving.max()).amin(1).clamp_min(0)
+    N = max(1, int(torch.where(valid, leaving - low[:, None], 0).max()) + 1)
+    slot = pos - (low * size)[:, None]
+    row, token = ((pos >= 0) & (slot >= 0) & (slot < N * size)).nonzero(as_tuple=True)
+    grid = hidden.new_zeros(len(hidden), N * size, hidden.shape[-1])
+    grid[row, slot[row, token]] = hidden[row, token]
+    return low[:, None] + torch.arange(N, device=pos.device), grid.unflatten(1, (N, size))
+
+
+def _slots(q: Tensor, slot: Tensor, recent: Segments, per_block: int, most: int) -> tuple[Tensor, Tensor]:
+    """Which compressed slots (B, S) queries at q (B, T) read (B, 1, T, S), and how many slots away."""
+    first = recent.first(q)[:, :, None]  # of the memory; what lies before it is compressed
+    end = _floor(first, recent.segment) * per_block
+    away = q[:, :, None] - first + end - slot[:, None, :]
+    read = (slot >= 0)[:, None] & (slot[:, None] < end) & (slot[:, None] >= end - most) & (q >= 0)[:, :, None]
+    return read[:, None], away
