@@ -4,14 +4,14 @@ With features p(q), p(k) in place of the softmax, causal attention is a recurren
 
     S_t = f_t S_{t-1} + g_t p(k_t) [v_t, 1]^T        y_t = p(q_t) S_t, its last column the denominator's sum
 
-Many tokens go over it in chunks: within one the scores are a small matrix, between chunks only S passes. One
-token is one step. Factors f (decay) and g (gain) are given as logarithms. A state with a running maximum keeps
-S relative to exp(top), where top is the largest log gain met so far; that cancels between numerator and
+Many tokens go over it in chunks: within one the scores are a small matrix, between chunks only S passes.
+One token is one step. Factors f (decay) and g (gain) are given as logarithms. A state with a running maximum
+keeps S relative to exp(top), where top is the largest log gain met so far; that cancels between numerator and
 denominator, so gains of any size never overflow. Each token is weighed by the maximum at that token, never by
 a later one, so results do not depend on how a sequence is cut and earlier tokens know nothing of later ones.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -125,7 +125,7 @@ def scan(
     if T == 1 and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, state.s))):
         y, s = _step(q, k, v, state, tops, rule, decay, gain)
     else:
-        y, s = _Chunks.apply(q, k, v, state.s, decay, gain, state.top, tops, rule, chunk)
+        y, s = _chunks(q, k, v, state.s, decay, gain, state.top, tops, rule, chunk)
     return (y if out == dtype else y.to(out)), Sums(s, None if tops is None else tops[:, -1])
 
 
@@ -181,8 +181,9 @@ def _step(
         added *= log_gain.exp()[..., None, None]
     if log_carry is not None:
         s *= log_carry.exp()[..., None, None]
-    s.view(B * G, M, E + 1).baddbmm_(k.reshape(B * G, M, 1), added.view(B * G, 1, E + 1))
-    y = torch.bmm(q.reshape(B * G, H // G, M), s.view(B * G, M, E + 1)).view(B, 1, H, E + 1)
+    held = s.view(B * G, M, E + 1)
+    torch.baddbmm(held, k.reshape(B * G, M, 1), added.view(B * G, 1, E + 1), out=held)
+    y = torch.bmm(q.reshape(B * G, H // G, M), held).view(B, 1, H, E + 1)
     return y[..., :E] / rule.denominator(y[..., E:]), s
 
 
@@ -196,28 +197,37 @@ class _Weights(NamedTuple):
 
 
 def _weights(
-    decay: Tensor | None, gain: Tensor | None, top: Tensor | None, tops: Tensor | None, like: Tensor, chunk: int
+    decay: Tensor | None,
+    gain: Tensor | None,
+    top: Tensor | None,
+    tops: Tensor | None,
+    like: Tensor,
+    chunk: int,
 ) -> Callable[[int, int], _Weights]:
     """The factors of tokens a to b, computed when they are needed."""
     triangle = like.new_ones(chunk, chunk).tril()
     if decay is None and gain is None:
         return lambda a, b: _Weights(triangle[: b - a, : b - a], None, None, None)
     later = triangle == 0
+    zeros = like.new_zeros(like.shape[0] * like.shape[2], chunk)
 
     def rows(t: Tensor, a: int, b: int) -> Tensor:
         return t[:, a:b].transpose(1, 2).reshape(-1, b - a)
 
     def of(a: int, b: int) -> _Weights:
-        past = 0 if decay is None else rows(decay, a, b).cumsum(1)
+        past = zeros[:, : b - a] if decay is None else rows(decay, a, b).cumsum(1)
         row = past if tops is None else past - rows(tops, a, b)
         column = -past if gain is None else rows(gain, a, b) - past
-        assert isinstance(row, Tensor) or isinstance(column, Tensor)
-        column = column if isinstance(column, Tensor) else torch.zeros_like(row)
-        row = row if isinstance(row, Tensor) else torch.zeros_like(column)
-        pairs = (row[:, :, None] + column[:, None, :]).masked_fill_(later[: b - a, : b - a], -torch.inf).exp_()
+        pairs = (
+            (row[:, :, None] + column[:, None, :]).masked_fill_(later[: b - a, : b - a], -torch.inf).exp_()
+        )
         if decay is None and tops is None:
             return _Weights(pairs, None, None, pairs[:, -1, :, None])
-        before = row if top is None or tops is None else row + (top.reshape(-1, 1) if a == 0 else rows(tops, a - 1, a))
+        before = (
+            row
+            if top is None or tops is None
+            else row + (top.reshape(-1, 1) if a == 0 else rows(tops, a - 1, a))
+        )
         cross = before.exp()
         return _Weights(pairs, cross[..., None], cross[:, -1:, None], pairs[:, -1, :, None])
 
@@ -255,7 +265,7 @@ class _Chunks(torch.autograd.Function):
             sums = torch.bmm(queries, before)
             if w.cross is not None:
                 sums = _scaled(sums, w.cross)
-            sums = sums.baddbmm_(_scores(queries, keys, w.pairs), values)
+            torch.baddbmm(sums, _scores(queries, keys, w.pairs), values, out=sums)
             sums = sums.view(B, G, H // G, b - a, E + 1).permute(0, 3, 1, 2, 4)
             found = total[:, a:b].view(B, b - a, G, H // G, 1)
             found.copy_(sums[..., E:])
@@ -270,7 +280,7 @@ class _Chunks(torch.autograd.Function):
         return y, last
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, carried: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay, gain, top, tops, y, total, past = ctx.saved_tensors
         (B, T, H, M), (G, E), rule, chunk = q.shape, v.shape[2:], ctx.rule, ctx.chunk
@@ -311,9 +321,12 @@ class _Chunks(torch.autograd.Function):
         return q_grad, k_grad, v_grad, s_grad, decay_grad, gain_grad, None, None, None, None
 
 
+_chunks: Callable[..., tuple[Tensor, Tensor]] = _Chunks.apply
+
+
 def _queries(t: Tensor, kv_heads: int, a: int, b: int) -> Tensor:
     """Tokens a to b of (B, T, H, M) as the rows of each key/value head: (B * G, X * C, M)."""
-    rows = t[:, a:b].unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    rows: Tensor = t[:, a:b].unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
     return rows.reshape(t.shape[0] * kv_heads, -1, t.shape[-1])
 
 
