@@ -129,12 +129,12 @@ def test_the_error_against_softmax_falls_with_features_and_orthogonal_draws_are_
     errors = {
         (draw, R): sum(attention_error(R, draw, seed) for seed in range(40)) / 40
         for draw in ("independent", "orthogonal")
-        for R in (16, 64, 256)
+        for R in (32, 128, 512)
     }
     for draw in ("independent", "orthogonal"):
-        slope = math.log(errors[draw, 256] / errors[draw, 16]) / math.log(16)
+        slope = math.log(errors[draw, 512] / errors[draw, 32]) / math.log(16)
         assert -1.15 < slope < -0.85
-    for R in (16, 64, 256):
+    for R in (32, 128, 512):
         assert errors["orthogonal", R] < errors["independent", R]
 
 
