@@ -5,6 +5,7 @@ import torch
 from reference.linear import bidirectional, elu_plus_one, project, recurrence
 from torch.utils.flop_counter import FlopCounterMode
 
+from writehead.core.bind import bound
 from writehead.core.positions import Positions
 from writehead.core.state import CannotRewind, nbytes, rewind, select
 from writehead.core.work import Call
@@ -141,6 +142,39 @@ def test_the_work_stated_is_what_torch_counts(make, tokens, context):
     work = mixer.work(Call(batch=2, tokens=tokens, context=context))
     assert work.flops == counter.get_total_flops()
     assert work.state_read == work.state_written == nbytes(state)
+
+
+@pytest.mark.parametrize("make", [Linear, Performer, GatedRFA])
+def test_an_engine_that_binds_the_parts_computes_the_same(make):
+    mixer, x = make(16, heads=4, kv_heads=2), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        right, state, _ = mixer(x, Positions.range(2, 0, 5))
+        y, mine, _ = mixer.bind(bound)(x, Positions.range(2, 0, 5))
+        assert torch.equal(y, right)
+        now = Positions.range(2, 5, 6)
+        assert torch.equal(mixer.bind(bound)(x[:, :1], now, mine)[0], mixer(x[:, :1], now, state)[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_only_a_gate_that_learns_still_gets_its_gradient(tokens):
+    mixer = GatedRFA(8, heads=2, features=4).requires_grad_(False)
+    mixer.gate.requires_grad_(True)
+    y, state, _ = mixer(torch.randn(1, tokens, 8), Positions.range(1, 0, tokens))
+    (state.sums.s.sum() + y.sum()).backward()
+    assert float(mixer.gate.weight.grad.abs().max()) > 0
+
+
+def test_autocast_does_not_shorten_the_sums():
+    mixer, x = Linear(16, heads=4), torch.randn(1, 40, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state, _ = mixer(x, Positions.range(1, 0, 40))
+        y.float().sum().backward()
+        with torch.no_grad():
+            _, state, _ = mixer(x[:, :1], Positions.range(1, 40, 41), state)
+    assert state.sums.s.dtype == torch.float32
+    right, _, _ = mixer(x, Positions.range(1, 0, 40))
+    torch.testing.assert_close(y.float(), right, rtol=0.05, atol=0.05)
+    assert mixer.qkv.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(

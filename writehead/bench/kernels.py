@@ -219,7 +219,7 @@ def _token(mixer: nn.Module, past: int) -> Case:
     return step
 
 
-def crossover(lengths: Sequence[int] = (256, 512, 1024, 2048, 4096, 8192), rounds: int = 3) -> dict[str, Any]:
+def crossover(lengths: Sequence[int] = (256, 512, 1024, 2048, 4096), rounds: int = 2) -> dict[str, Any]:
     """Seconds of forward and backward beside dense attention, and the first length that is faster.
 
     Args:

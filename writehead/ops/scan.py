@@ -12,6 +12,7 @@ a later one, so results do not depend on how a sequence is cut and earlier token
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -122,10 +123,14 @@ def scan(
     dtype, out = state.s.dtype, v.dtype
     q, k, v = (t if t.dtype == dtype else t.to(dtype) for t in (q, k, v))
     tops = None if state.top is None or gain is None else _tops(state.top, decay, gain.detach())
-    if T == 1 and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, state.s))):
-        y, s = _step(q, k, v, state, tops, rule, decay, gain)
-    else:
-        y, s = _chunks(q, k, v, state.s, decay, gain, state.top, tops, rule, chunk)
+    learned = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, v, state.s, decay, gain)
+    )
+    with _as_given(q):
+        if T == 1 and not learned:
+            y, s = _step(q, k, v, state, tops, rule, decay, gain)
+        else:
+            y, s = _chunks(q, k, v, state.s, decay, gain, state.top, tops, rule, chunk)
     return (y if out == dtype else y.to(out)), Sums(s, None if tops is None else tops[:, -1])
 
 
@@ -147,6 +152,12 @@ def whole(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     rows = q.reshape(B, G, -1, M)
     y = (rows @ s) / rule.denominator(rows @ z)
     return y.view(B, H, T, E).transpose(1, 2).to(out)
+
+
+def _as_given(like: Tensor) -> AbstractContextManager[Any]:
+    """Products in the type of the sums, also inside of autocast, which would make them shorter."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _tops(top: Tensor, decay: Tensor | None, gain: Tensor) -> Tensor:
@@ -282,43 +293,49 @@ class _Chunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, carried: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, gain, top, tops, y, total, past = ctx.saved_tensors
-        (B, T, H, M), (G, E), rule, chunk = q.shape, v.shape[2:], ctx.rule, ctx.chunk
-        q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        after = carried.reshape(B * G, M, E + 1)
-        ends = (after * past[-1]).sum((1, 2)).view(B, 1, G)
-        weights = _weights(decay, gain, top, tops, v, min(chunk, T))
-        for n in reversed(range(len(past) - 1)):
-            a, b = n * chunk, min((n + 1) * chunk, T)
-            w, before = weights(a, b), past[n]
-            queries, keys, values = _queries(q, G, a, b), _heads(k, a, b), _with_one(v, a, b)
-            g = _queries(_numerators(grad[:, a:b], y[:, a:b], total[:, a:b], rule), G, 0, b - a)
-            crossing = g if w.cross is None else _scaled(g, w.cross)
-            by_scores = _scores(g, values, w.pairs)
-            found = torch.bmm(crossing, before.transpose(1, 2)).baddbmm_(by_scores, keys)
-            q_grad[:, a:b].view(B, b - a, G, H // G, M).copy_(
-                found.view(B, G, H // G, b - a, M).permute(0, 3, 1, 2, 4)
-            )
-            found = torch.bmm(values, after.transpose(1, 2))
-            found = found if w.write is None else found.mul_(w.write)
-            found = found.baddbmm_(by_scores.transpose(1, 2), queries)
-            k_grad[:, a:b].copy_(found.view(B, G, b - a, M).transpose(1, 2))
-            found = torch.bmm(keys, after[..., :E])
-            found = found if w.write is None else found.mul_(w.write)
-            found = found.baddbmm_(_scores(queries, keys, w.pairs).transpose(1, 2), g[..., :E])
-            v_grad[:, a:b].copy_(found.view(B, G, b - a, E).transpose(1, 2))
-            more = torch.bmm(queries.transpose(1, 2), crossing)
-            after = more.add_(after if w.carry is None else after * w.carry)
-        decay_grad = gain_grad = None
-        if decay is not None or gain is not None:
-            # a factor on a key multiplies the key, one on a query's past the query
-            by_key = (k_grad * k).sum(-1)
-            gain_grad = None if gain is None else by_key
-            if decay is not None:
-                flow = (q_grad * q).sum(-1).view(B, T, G, H // G).sum(-1) - by_key
-                decay_grad = (flow.double().flip(1).cumsum(1).flip(1) + ends).to(decay.dtype)
-        s_grad = after.view(B, G, M, E + 1) if ctx.needs_input_grad[3] else None
-        return q_grad, k_grad, v_grad, s_grad, decay_grad, gain_grad, None, None, None, None
+        with _as_given(grad):
+            return _backward(ctx, grad, carried)
+
+
+def _backward(ctx: Any, grad: Tensor, carried: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients by everything that `_Chunks.forward` takes."""
+    q, k, v, decay, gain, top, tops, y, total, past = ctx.saved_tensors
+    (B, T, H, M), (G, E), rule, chunk = q.shape, v.shape[2:], ctx.rule, ctx.chunk
+    q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    after = carried.reshape(B * G, M, E + 1)
+    ends = (after * past[-1]).sum((1, 2)).view(B, 1, G)
+    weights = _weights(decay, gain, top, tops, v, min(chunk, T))
+    for n in reversed(range(len(past) - 1)):
+        a, b = n * chunk, min((n + 1) * chunk, T)
+        w, before = weights(a, b), past[n]
+        queries, keys, values = _queries(q, G, a, b), _heads(k, a, b), _with_one(v, a, b)
+        g = _queries(_numerators(grad[:, a:b], y[:, a:b], total[:, a:b], rule), G, 0, b - a)
+        crossing = g if w.cross is None else _scaled(g, w.cross)
+        by_scores = _scores(g, values, w.pairs)
+        found = torch.bmm(crossing, before.transpose(1, 2)).baddbmm_(by_scores, keys)
+        q_grad[:, a:b].view(B, b - a, G, H // G, M).copy_(
+            found.view(B, G, H // G, b - a, M).permute(0, 3, 1, 2, 4)
+        )
+        found = torch.bmm(values, after.transpose(1, 2))
+        found = found if w.write is None else found.mul_(w.write)
+        found = found.baddbmm_(by_scores.transpose(1, 2), queries)
+        k_grad[:, a:b].copy_(found.view(B, G, b - a, M).transpose(1, 2))
+        found = torch.bmm(keys, after[..., :E])
+        found = found if w.write is None else found.mul_(w.write)
+        found = found.baddbmm_(_scores(queries, keys, w.pairs).transpose(1, 2), g[..., :E])
+        v_grad[:, a:b].copy_(found.view(B, G, b - a, E).transpose(1, 2))
+        more = torch.bmm(queries.transpose(1, 2), crossing)
+        after = more.add_(after if w.carry is None else after * w.carry)
+    decay_grad = gain_grad = None
+    if decay is not None or gain is not None:
+        # a factor on a key multiplies the key, one on a query's past the query
+        by_key = (k_grad * k).sum(-1)
+        gain_grad = None if gain is None else by_key
+        if decay is not None:
+            flow = (q_grad * q).sum(-1).view(B, T, G, H // G).sum(-1) - by_key
+            decay_grad = (flow.double().flip(1).cumsum(1).flip(1) + ends).to(decay.dtype)
+    s_grad = after.view(B, G, M, E + 1) if ctx.needs_input_grad[3] else None
+    return q_grad, k_grad, v_grad, s_grad, decay_grad, gain_grad, None, None, None, None
 
 
 _chunks: Callable[..., tuple[Tensor, Tensor]] = _Chunks.apply
