@@ -48,7 +48,13 @@ def test_every_mixer_sees_what_its_pattern_says(name: str) -> None:
         assert bool(picture.seen.all())
         return
     index = torch.arange(40)[None]
-    pattern = build(MIXERS, {"name": name, "heads": 4}, dim=8).pattern
+    mixer = build(MIXERS, {"name": name, "heads": 4}, dim=8)
+    if MIXERS[name].family == "kernel":  # all that came before, until a gate has forgotten it
+        early = index[:, :20]
+        assert torch.equal(picture.seen[:, :20, :20], Causal().mask(early, early)[0].expand(4, -1, -1))
+        assert not picture.seen.triu(1).any()
+        return
+    pattern = mixer.pattern
     assert picture.seen.shape == (4, 40, 40)
     assert torch.equal(picture.seen, pattern.mask(index, index)[0].expand(4, -1, -1))
     assert picture.wrong == 0
