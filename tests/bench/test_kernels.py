@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from writehead.bench.kernels import estimate, exponent, first_faster
+from writehead.bench.kernels import _peak, estimate, exponent, first_faster
 from writehead.bench.measure import Timing
 from writehead.bench.toys import CANNOT, LEARN, SYMBOLS, THINGS, copy, learn, recall
 
@@ -16,6 +16,22 @@ def test_the_exponent_of_a_power_is_found_whatever_its_factor():
     x = [1000, 2000, 4000, 16000]
     assert exponent(x, [7 * v**1.5 for v in x]) == pytest.approx(1.5, abs=1e-12)
     assert exponent(x, [3.0] * 4) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_peak_counts_tensors_while_they_live_in_forward_and_backward():
+    x = torch.zeros(1000, requires_grad=True)
+
+    def step():
+        a = x.detach() + 1  # 4000 bytes, then 8000
+        b = a + 1
+        del a
+        c = b + 1
+        del b, c
+
+    assert _peak(step) == 8000
+    assert _peak(lambda: x.detach()[:10]) == 0
+    total = (x * 2.0).sum()
+    assert 4000 <= _peak(lambda: torch.autograd.grad(total, x)) < 8100
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ code), "slopes" (time and memory against length), "decode" (one token behind lon
 """
 
 import argparse
-import ctypes
 import importlib.util
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from writehead.bench.measure import Case, Timing, alternate, write_record
 from writehead.bench.plots import INK, _pyplot, _save
 from writehead.catalog import MIXERS, build
-from writehead.core import system
 from writehead.core.cache import Store
 from writehead.core.positions import Positions
 from writehead.core.state import detach
@@ -161,7 +162,6 @@ def slopes(
     for kind in kinds:
         mixer = _mixer(kind, 64, 1)
         steps = {str(T): partial(_train, mixer, T) for T in lengths}
-        _train(mixer, min(lengths))
         memory = {name: _peak(step) for name, step in steps.items()}
         timings = alternate(steps, rounds, warmup=0, min_seconds=0.1, max_rounds=rounds)
         times = [min(timings[str(T)].samples) for T in lengths]
@@ -259,20 +259,45 @@ def _train(mixer: nn.Module, tokens: int) -> None:
     torch.autograd.grad(y.sum(), (x, *mixer.parameters()))
 
 
+class _Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, and their most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known: set[int] = set()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            self._count(given, old=True)
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            self._count(made)
+        return result
+
+    def _count(self, value: object, old: bool = False) -> None:
+        if not isinstance(value, Tensor) or value.untyped_storage()._cdata in self.known:
+            return
+        storage = value.untyped_storage()
+        key, size = storage._cdata, 0 if old else storage.nbytes()
+        self.known.add(key)
+        weakref.finalize(storage, self._gone, key, size)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
 def _peak(step: Callable[[], object]) -> int:
-    """Bytes by which a call raises the process's peak above what it held before."""
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)  # memory freed but kept would hide what the call takes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    text = system.read(Path("/proc/self/status")) or ""
-    line = next(line for line in text.splitlines() if line.startswith(key + ":"))
-    return int(line.split()[1]) * 1024
+    """Most bytes of tensors that a call holds at once, besides those that were there before."""
+    counted = _Live()
+    with counted:
+        step()
+    return counted.peak
 
 
 PARTS: Mapping[str, Callable[..., Any]] = {
