@@ -17,15 +17,20 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
         weights: all of `model.parts.weights(model)`, by the same names.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    named: dict[str, int] = {}
+    named: dict[str, Tensor] = {}
+    saved = set(model.state_dict(keep_vars=True))
     for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((module, name))
-            named[f"{prefix}.{name}" if prefix else name] = id(parameter)
-    assert weights.keys() <= named.keys(), "weights are parameters; no part of a model saves a buffer"
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, old in own:
+            path = f"{prefix}.{name}" if prefix else name
+            if path in saved:
+                owners.setdefault(id(old), []).append((module, name))
+                named[path] = old
+    assert weights.keys() <= named.keys(), "weights are parameters and saved buffers"
     for name, tensor in weights.items():
-        parameter = nn.Parameter(tensor)
-        for module, attribute in owners.pop(named[name]):
-            setattr(module, attribute, parameter)
+        old = named[name]
+        new = nn.Parameter(tensor) if isinstance(old, nn.Parameter) else tensor
+        for module, attribute in owners.pop(id(old)):
+            setattr(module, attribute, new)
     assert not owners, "every weight is given"
     return model
