@@ -30,6 +30,8 @@ ROOMS = (
     ("model",),
     ("decode", "convert", "laws"),
     ("costs",),
+    ("train",),
+    ("evaluate",),
     ("bench",),
     ("cli",),
     ("__init__", "__main__"),

@@ -25,6 +25,8 @@ VERBS = {
         "writehead.cli.demo:command", "Decode the embedded model, and measure what head sharing buys."
     ),
     "generate": Verb("writehead.cli.generate:command", "Continue a prompt with a model, token by token."),
+    "train": Verb("writehead.cli.train:command", "Train a model on your text; resume after a crash."),
+    "evaluate": Verb("writehead.cli.evaluate:command", "Perplexity, accuracy or BLEU of a model."),
     "plan": Verb("writehead.cli.plan:command", "What a model costs: memory, bytes and time of a token."),
     "systems": Verb("writehead.cli.systems:command", "List every system of the catalog."),
     "show": Verb("writehead.cli.show:command", "Explain one system: its card, its costs, who sees whom."),
