@@ -144,10 +144,10 @@ def test_what_would_change_the_run_is_refused(tmp_path: Path) -> None:
         train(values(text, optim={"lr": 0.02}), tmp_path / "out", resume="auto")
     with pytest.raises(ValueError, match="holds a run at step 6; continue it with --resume auto"):
         train(values(text), tmp_path / "out")
-    with pytest.raises(ValueError, match="there is no checkpoint .*nowhere"):
+    with pytest.raises(ValueError, match=r"there is no checkpoint .*nowhere"):
         train(values(text), tmp_path / "out", resume="nowhere")
     write(tmp_path, text=TEXT + "more")
-    with pytest.raises(ValueError, match="the data is not what .*checkpoint-00000006 was trained on"):
+    with pytest.raises(ValueError, match=r"the data is not what .*checkpoint-00000006 was trained on"):
         train(values(text), tmp_path / "out", resume="auto")
 
 

@@ -1,4 +1,4 @@
-"""`writehead evaluate MODEL DATA`: perplexity of a decoder, accuracy of a classifier, BLEU of a translator."""
+"""`writehead evaluate MODEL DATA`: perplexity of decoders, accuracy of classifiers, BLEU of translations."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 

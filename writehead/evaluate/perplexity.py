@@ -142,18 +142,17 @@ def _hidden(model: Decoder, tokens: Tensor, state: State) -> tuple[Tensor, State
 
 def _windows(tokens: Tokens, window: int, stride: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs (B, T) and targets (B, T), -1 = padding or scored by an earlier window."""
-    last = len(tokens) - 1
-    count = 1 + max(0, -(-(last - window) // stride))
-    table = np.full((count, window + 1), -1, np.int64)
-    for row in range(count):
-        piece = tokens[row * stride : row * stride + window + 1]
-        table[row, : len(piece)] = piece
-    targets = table[:, 1:].copy()
-    targets[1:, : window - stride] = -1
-    inputs = np.where(table[:, 1:] < 0, -1, table[:, :-1])  # the last token has nothing to predict
+    count = 1 + max(0, -(-(len(tokens) - 1 - window) // stride))
     for first in range(0, count, batch):
-        rows = slice(first, first + batch)
-        yield torch.from_numpy(inputs[rows]), torch.from_numpy(targets[rows])
+        rows = range(first, min(first + batch, count))
+        table = np.full((len(rows), window + 1), -1, np.int64)
+        for line, row in zip(table, rows, strict=True):
+            piece = tokens[row * stride : row * stride + window + 1]
+            line[: len(piece)] = piece
+        targets = table[:, 1:].copy()
+        targets[int(first == 0) :, : window - stride] = -1
+        inputs = np.where(table[:, 1:] < 0, -1, table[:, :-1])  # the last token has nothing to predict
+        yield torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 def _nats(logits: Tensor, targets: Tensor) -> float:

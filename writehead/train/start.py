@@ -27,6 +27,7 @@ from writehead.train.report import Reporter
 from writehead.train.tokens import digest
 
 RUN, DATA, LOCK = "run.yaml", "data", ".lock"
+FREE = ("loop.steps", "loop.accumulate", "loop.strategy", "loop.recompute")  # a run may go on with others
 
 
 @contextmanager
@@ -111,7 +112,7 @@ def model_config(run: RunConfig, data: Data) -> ModelConfig:
     values.setdefault("vocab", least)
     if isinstance(values.get("encoder"), Mapping):
         values["encoder"] = {"vocab": values["vocab"], **values["encoder"]}
-    if run.data.kind == "text" and not run.loop.carry_state:
+    if run.data.kind != "parallel" and not run.loop.carry_state:
         values.setdefault("max_context", run.data.length)
     try:
         return ModelConfig.from_dict(values)
@@ -175,11 +176,10 @@ def _check_same(run: RunConfig, other: Any, source: Path) -> None:
     """Raise unless a run is the one that a checkpoint is of; its end and its reports may differ."""
     ours, theirs = _flat(run.to_dict()), _flat(other if isinstance(other, dict) else {})
     for key in sorted(ours.keys() | theirs.keys()):
-        free = key == "loop.steps" or key.startswith("report.")
-        if not free and ours.get(key) != theirs.get(key):
+        if key not in FREE and not key.startswith("report.") and ours.get(key) != theirs.get(key):
             raise ValueError(
                 f"{source.name} was made with {key}={theirs.get(key)!r}; got {ours.get(key)!r} (only "
-                "loop.steps and report may change)"
+                f"{', '.join(FREE)} and report may change)"
             )
 
 
