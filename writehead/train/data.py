@@ -11,6 +11,7 @@ from writehead.core.shapes import check_choice
 from writehead.train.batches import Batches, Lanes, Sample, Samples, Windows
 from writehead.train.config import DataConfig
 from writehead.train.corpus import pairs, texts
+from writehead.train.order import mix, shuffled
 from writehead.train.tokens import (
     Encode,
     Stream,
@@ -118,8 +119,9 @@ def _samples(config: DataConfig, folder: Path, seed: int) -> Data:
     if config.valid:
         train, valid = given, list(pairs(config.valid, (a, b)))
     else:
-        cut = len(given) - max(1, round(len(given) * config.holdout))
-        train, valid = given[:cut], given[cut:]
+        count = max(1, round(len(given) * config.holdout))
+        mixed = shuffled(np.arange(len(given)), len(given), mix(seed, 5))  # lines may be sorted by label
+        train, valid = ([given[i] for i in np.sort(part)] for part in (mixed[count:], mixed[:count]))
     if not train:
         raise ValueError(f"{len(given)} lines of data are too few to hold {config.holdout:.0%} out")
     make = labelled_samples if labelled else parallel_samples
