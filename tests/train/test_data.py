@@ -65,6 +65,7 @@ def test_a_long_text_comes_in_pieces_of_one_document(tmp_path: Path) -> None:
     assert "".join(p.text for p in pieces) == long
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_is_pythons_library_without_its_tests() -> None:
     found = files(["stdlib"])
     names = {p.name for p in found}

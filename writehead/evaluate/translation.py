@@ -87,9 +87,14 @@ def translate(
     length_penalty: float = 1.0,
     batch: int = 32,
 ) -> list[str]:
-    """The model's translation of each source; sources of about one length are translated together."""
+    """The model's translation of each source; sources of about one length are translated together.
+
+    A translation has at most twice the tokens of the longest source, and 10: one limit for all, so that
+    a translation does not depend on what else is in its batch.
+    """
     end = sorted(tokenizer.eos)[:1]
     ids = [[*map(int, one), *end] for one in Encode(tokenizer)(given)]
+    limit = 2 * max(map(len, ids)) + 10
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     said = [""] * len(ids)
     for first in range(0, len(order), batch):
@@ -100,7 +105,7 @@ def translate(
             tokenizer=tokenizer,
             num_beams=num_beams,
             length_penalty=length_penalty if num_beams > 1 else 1.0,
-            max_new_tokens=2 * max(len(ids[i]) for i in rows) + 10,
+            max_new_tokens=limit,
             decoder_start_token_id=start_token(tokenizer),
         )
         for i, one in zip(rows, result, strict=True):
