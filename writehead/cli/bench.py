@@ -121,6 +121,46 @@ def decode_command(
         typer.echo(f"written: {out / 'decode.json'} and its plots", err=True)
 
 
+@command.command("train")
+def train_command(
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each case.")] = 5,
+    dim: Annotated[int, typer.Option(min=8, help="Width of the models.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 256,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for training.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """A training step of ours beside PyTorch's own layers and transformers' Trainer."""
+    from dataclasses import asdict
+
+    import torch
+
+    from writehead.bench.measure import write_record
+    from writehead.bench.training import Shape, compare
+    from writehead.cli.output import console, print_json, table
+    from writehead.core.system import cores
+
+    torch.set_num_threads(threads or cores())
+    shape = Shape(dim=dim, hidden=4 * dim, batch=batch, length=length)
+    found = compare(shape, rounds, _say)
+    _say("")
+    if as_json:
+        print_json({"shape": asdict(shape), "cases": _plain(found)})
+    else:
+        grid = table("a training step", "ms", "quartiles", "tokens/s")
+        for name, t in found.items():
+            quartiles = f"{t.q1 * 1e3:.0f} to {t.q3 * 1e3:.0f}"
+            speed = f"{batch * length / t.median:,.0f}"
+            grid.add_row(
+                name, *([f"{t.median * 1e3:.0f}", quartiles, speed] if not t.error else [t.error, "", ""])
+            )
+        console().print(grid)
+    if out is not None:
+        write_record(out / "training.json", "training", found, {"shape": asdict(shape), "rounds": rounds})
+        typer.echo(f"written: {out / 'training.json'}", err=True)
+
+
 def _decode(
     models: Any,
     names: Any,
