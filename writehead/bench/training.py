@@ -138,7 +138,7 @@ def llama(shape: Shape) -> nn.Module:
 
 def trainer_step(shape: Shape, folder: Path, steps: int = 2) -> Callable[[], float]:
     """Seconds of a step of transformers' Trainer, of the steps between its own set-up and end."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     model, spent = llama(shape), []
 
@@ -168,7 +168,9 @@ def trainer_step(shape: Shape, folder: Path, steps: int = 2) -> Callable[[], flo
 
     def run() -> float:
         spent.clear()
-        Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Watch()]).train()
+        trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Watch()])
+        trainer.remove_callback(PrinterCallback)  # it writes to standard output
+        trainer.train()
         return sum(spent) / len(spent)
 
     return run
