@@ -226,3 +226,26 @@ def test_tensorboard_without_its_package_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package tensorboard: pip install tensorboard"):
         train(values(write(tmp_path), report={"tensorboard": True}), tmp_path / "out")
+
+
+def test_tensorboard_files_hold_the_losses(tmp_path: Path) -> None:
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the extra train"
+    )
+    train(values(write(tmp_path), report={"tensorboard": True}), tmp_path / "out")
+    events = reader.EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [2, 4, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
+def test_compiled_layers_learn_the_same(tmp_path: Path) -> None:
+    given = values(write(tmp_path), report={"sample": None})
+    losses = []
+    for compiled in (False, True):
+        given["loop"] = {"steps": 6, "compile": compiled}
+        train(given, tmp_path / str(compiled))
+        losses.append([line["train/loss"] for line in log(tmp_path / str(compiled)) if "train/loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
