@@ -161,6 +161,38 @@ def train_command(
         typer.echo(f"written: {out / 'training.json'}", err=True)
 
 
+@command.command("evidence")
+def evidence_command(
+    experiments: Annotated[list[str] | None, typer.Argument(help="lm, alibi; default all.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with WikiText-2; without it Python's own sources are used.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of records, runs and tables.")] = Path("docs/evidence"),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of a run.")] = 1200,
+    dim: Annotated[int, typer.Option(min=8, help="Width of the models, a multiple of 8.")] = 128,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
+) -> None:
+    """Run the experiments that check the papers' claims, piece by piece; what was stopped goes on."""
+    import torch
+
+    from writehead.bench import evidence
+    from writehead.convert.files import replacing
+    from writehead.core.system import cores
+
+    torch.set_num_threads(threads or cores())
+    section, said = evidence.sources(data)
+    names = experiments or list(evidence.EXPERIMENTS)
+    todo = evidence.pieces(names, section, evidence.Scale(dim=dim, steps=steps, seeds=seeds))
+    _say(said)
+    evidence.work(todo, out, _say)
+    for name in names:
+        text = evidence.table(evidence.of(todo, out), name)
+        with replacing(out / f"{name}.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        typer.echo(text)
+
+
 def _decode(
     models: Any,
     names: Any,
