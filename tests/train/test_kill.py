@@ -11,7 +11,6 @@ import pytest
 from tests.train.small import assert_same, train, values, write
 from writehead.train import checkpoint
 
-
 KILLS = int(os.environ.get("WRITEHEAD_KILLS", "5"))  # 50 and more take a minute
 
 
