@@ -1,15 +1,17 @@
 # make demo | make test need only Python 3.11 or newer, pip and git; the environment they make is used again next time.
 PYTHON ?= python3
+DATA ?= ../shared/data
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench evidence clean
 
 help:
 	@echo "make demo   decode a real model, measure it, draw the head-sharing table (sets up $(VENV) itself)"
 	@echo "make test   everything that CI runs: lint, types, tests, README commands, demo"
 	@echo "make bench  the decode benchmark against installed peers, results under benchmarks/results/"
+	@echo "make evidence  the experiments that check the papers' claims, piece by piece (DATA=folder with WikiText-2)"
 	@echo "make setup  the environment for developing"
 	@echo "make clean  remove the environment and what runs left behind"
 
@@ -41,6 +43,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@$(RUN) -m writehead bench decode --peers --out benchmarks/results
+
+evidence: $(VENV)/.dev
+	@$(RUN) -m writehead bench evidence --data $(DATA) --out docs/evidence
 
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

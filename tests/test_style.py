@@ -31,6 +31,8 @@ ROOMS = (
     ("native",),
     ("decode", "convert", "laws"),
     ("costs", "engines"),
+    ("train",),
+    ("evaluate",),
     ("bench",),
     ("cli",),
     ("__init__", "__main__"),

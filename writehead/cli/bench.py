@@ -207,6 +207,78 @@ def _run(
     return run, facts
 
 
+@command.command("train")
+def train_command(
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each case.")] = 5,
+    dim: Annotated[int, typer.Option(min=8, help="Width of the models.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 256,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for training.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """A training step of ours beside PyTorch's own layers and transformers' Trainer."""
+    from dataclasses import asdict
+
+    import torch
+
+    from writehead.bench.measure import write_record
+    from writehead.bench.training import Shape, compare
+    from writehead.cli.output import console, print_json, table
+    from writehead.core.system import cores
+
+    torch.set_num_threads(threads or cores())
+    shape = Shape(dim=dim, hidden=4 * dim, batch=batch, length=length)
+    found = compare(shape, rounds, _say)
+    _say("")
+    if as_json:
+        print_json({"shape": asdict(shape), "cases": _plain(found)})
+    else:
+        grid = table("a training step", "ms", "quartiles", "tokens/s")
+        for name, t in found.items():
+            quartiles = f"{t.q1 * 1e3:.0f} to {t.q3 * 1e3:.0f}"
+            speed = f"{batch * length / t.median:,.0f}"
+            grid.add_row(
+                name, *([f"{t.median * 1e3:.0f}", quartiles, speed] if not t.error else [t.error, "", ""])
+            )
+        console().print(grid)
+    if out is not None:
+        write_record(out / "training.json", "training", found, {"shape": asdict(shape), "rounds": rounds})
+        typer.echo(f"written: {out / 'training.json'}", err=True)
+
+
+@command.command("evidence")
+def evidence_command(
+    experiments: Annotated[list[str] | None, typer.Argument(help="lm, alibi; default all.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with WikiText-2; without it Python's own sources are used.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of records, runs and tables.")] = Path("docs/evidence"),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of a run.")] = 1200,
+    dim: Annotated[int, typer.Option(min=8, help="Width of the models, a multiple of 8.")] = 128,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
+) -> None:
+    """Run the experiments that check the papers' claims, piece by piece; what was stopped goes on."""
+    import torch
+
+    from writehead.bench import evidence
+    from writehead.convert.files import replacing
+    from writehead.core.system import cores
+
+    torch.set_num_threads(threads or cores())
+    section, said = evidence.sources(data)
+    names = experiments or list(evidence.EXPERIMENTS)
+    todo = evidence.pieces(names, section, evidence.Scale(dim=dim, steps=steps, seeds=seeds))
+    _say(said)
+    evidence.work(todo, out, _say)
+    for name in names:
+        text = evidence.table(evidence.of(todo, out), name)
+        with replacing(out / f"{name}.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        typer.echo(text)
+
+
 @command.command("quality")
 def quality_command(
     text: Annotated[Path, typer.Argument(help="A text file, .gz or plain, such as WikiText's.")],

@@ -1,0 +1,179 @@
+"""The loss is what its formula says, whatever the pieces, and gradients do not depend on how they were saved."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from writehead.config import ModelConfig
+from writehead.model.decoder import Decoder
+from writehead.model.encoder import Encoder
+from writehead.model.seq2seq import Seq2Seq
+from writehead.train.batches import Batch
+from writehead.train.config import LossConfig, OptimConfig
+from writehead.train.objective import Objective, auxiliary, load_into, recompute
+from writehead.train.optim import make_optimizer, rate
+
+DECODER: dict[str, Any] = {"vocab": 11, "dim": 8, "depth": 2, "mixer": {"name": "mqa", "heads": 2}}
+ENCODER: dict[str, Any] = {**DECODER, "kind": "encoder", "mixer": {"name": "bidirectional", "heads": 2}}
+CROSS: dict[str, Any] = {"cross": {"name": "cross", "heads": 2}, "encoder": ENCODER, "kind": "seq2seq"}
+
+
+def batch(rows: int = 4, length: int = 7) -> Batch:
+    tokens = torch.randint(0, 11, (rows, length + 1))
+    tokens[0, 5:] = -1
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), tokens.clone())
+
+
+@pytest.mark.parametrize(("smooth", "z"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.2, 0.02)])
+def test_the_loss_is_its_formula_token_by_token(smooth: float, z: float) -> None:
+    model, given = Decoder(ModelConfig.from_dict(DECODER)).double(), batch()
+    sums, _ = Objective(model, LossConfig(label_smoothing=smooth, z_loss=z))(given)
+    logits, _ = model(given.tokens)
+    loss = nll = right = 0.0
+    for row, targets in zip(logits.tolist(), given.target.tolist(), strict=True):
+        for scores, target in zip(row, targets, strict=True):
+            if target < 0:
+                continue
+            whole = math.log(sum(math.exp(s) for s in scores))
+            nll += whole - scores[target]
+            spread = sum(whole - s for s in scores) / len(scores)
+            loss += (1 - smooth) * (whole - scores[target]) + smooth * spread + z * whole**2
+            right += scores[target] == max(scores)
+    assert sums.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert sums.nll.item() == pytest.approx(nll, rel=1e-5)
+    assert sums.right.item() == right
+
+
+def test_pieces_of_a_batch_add_up_to_its_sums() -> None:
+    objective, given = (
+        Objective(Decoder(ModelConfig.from_dict(DECODER)).double(), LossConfig(z_loss=0.1)),
+        batch(),
+    )
+    whole = objective(given)[0].loss.item()
+    assert sum(objective(given.piece(i, 2))[0].loss.item() for i in range(2)) == pytest.approx(
+        whole, rel=1e-6
+    )
+
+
+def test_an_encoder_chooses_a_class_by_the_mean_of_its_vectors() -> None:
+    model, given = Encoder(ModelConfig.from_dict(ENCODER)).double(), batch()
+    target = torch.tensor([[0], [1], [1], [0]])
+    sums, _ = Objective(model, LossConfig(), choices=(9, 3))(Batch(given.tokens, target))
+    expected = 0.0
+    for tokens, label in zip(given.tokens, target[:, 0].tolist(), strict=True):
+        x, _, _ = model(tokens[tokens >= 0][None])
+        scores = model.embedding.table[[9, 3]] @ x[0].mean(0)
+        expected -= scores.log_softmax(-1)[label].item()
+    assert sums.nll.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_decoder_chooses_a_class_by_its_last_vector() -> None:
+    model, given = Decoder(ModelConfig.from_dict(DECODER)).double(), batch()
+    target = torch.tensor([[0], [1], [1], [0]])
+    sums, _ = Objective(model, LossConfig(), choices=(9, 3))(Batch(given.tokens, target))
+    expected = 0.0
+    for tokens, label in zip(given.tokens, target[:, 0].tolist(), strict=True):
+        logits, _ = model(tokens[tokens >= 0][None])
+        expected -= logits[0, -1, [9, 3]].log_softmax(-1)[label].item()
+    assert sums.nll.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_auxiliary_losses_are_weighted_by_name_and_other_values_left_alone() -> None:
+    aux = {"balance_loss": torch.tensor(2.0), "z_loss": torch.tensor([1.0, 3.0]), "stream": torch.tensor(9.0)}
+    assert auxiliary(aux, {"balance_loss": 0.5}) == 1 + 2
+    with pytest.raises(
+        ValueError, match=r"unknown auxiliary loss in loss.aux 'balance'; did you mean 'balance_loss'"
+    ):
+        auxiliary(aux, {"balance": 1.0})
+
+
+class WithLoss(Decoder):
+    """A decoder that reports an auxiliary loss."""
+
+    def hidden(self, tokens: Any, state: Any) -> Any:
+        x, state, _ = super().hidden(tokens, state)
+        return x, state, {"size_loss": x.square().mean()}
+
+
+def test_an_auxiliary_loss_counts_as_often_as_there_are_targets() -> None:
+    model, given = WithLoss(ModelConfig.from_dict(DECODER)), batch()
+    plain, _ = Objective(model, LossConfig(aux={"size_loss": 0.0}))(given)
+    more, _ = Objective(model, LossConfig(aux={"size_loss": 0.5}))(given)
+    size = model.hidden(given.tokens, model.init_state(4))[2]["size_loss"]
+    assert (more.loss - plain.loss).item() == pytest.approx(0.5 * size.item() * given.scored, rel=1e-4)
+    assert more.nll == plain.nll
+
+
+@pytest.mark.parametrize("position", ["rotary", "t5", "alibi"])
+@pytest.mark.parametrize("kind", ["decoder", "encoder", "seq2seq"])
+def test_recomputed_layers_give_the_same_gradients(kind: str, position: str) -> None:
+    config: dict[str, Any] = {"decoder": DECODER, "encoder": ENCODER, "seq2seq": {**DECODER, **CROSS}}[kind]
+    config = {**config, "position": {"name": position}, "stack": {"name": "residual", "dropout": 0.2}}
+    given = batch() if kind != "encoder" else batch()._replace(target=torch.tensor([[0], [1], [1], [0]]))
+    choices = (9, 3) if kind == "encoder" else ()
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(1)
+        build: Any = {"decoder": Decoder, "encoder": Encoder, "seq2seq": Seq2Seq}[kind]
+        model = build(ModelConfig.from_dict(config)).double().train()
+        if again:
+            recompute(model)
+        torch.manual_seed(2)
+        Objective(model, LossConfig(), choices)(given)[0].loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_recomputed_layers_keep_less() -> None:
+    sizes = []
+    for again in (False, True):
+        model = Decoder(ModelConfig.from_dict({**DECODER, "depth": 6})).train()
+        if again:
+            recompute(model)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, k=kept: (k.append(t.nbytes), t)[1], lambda t: t
+        ):
+            Objective(model, LossConfig())(batch(8, 32))
+        sizes.append(sum(kept))
+    assert sizes[1] < sizes[0] / 3
+
+
+def test_weights_that_do_not_fit_are_named() -> None:
+    model = Decoder(ModelConfig.from_dict(DECODER))
+    own = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"the weights lack embedding.table"):
+        load_into(model, {k: v for k, v in own.items() if k != "embedding.table"})
+    with pytest.raises(ValueError, match="the weights have, and the model lacks, extra"):
+        load_into(model, {**own, "extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"embedding.table has shape \(3, 8\); the model's has \(11, 8\)"):
+        load_into(model, {**own, "embedding.table": torch.zeros(3, 8)})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", {0: 0.1, 9: 1.0, 59: 0.55, 109: 0.1}),
+        ("linear", {0: 0.1, 9: 1.0, 59: 0.55, 84: 0.325, 109: 0.1}),
+        ("inverse_sqrt", {4: 0.5, 9: 1.0, 39: 0.5, 159: 0.25}),
+        ("constant", {4: 0.5, 9: 1.0, 500: 1.0}),
+    ],
+)
+def test_the_rate_rises_over_the_warm_up_and_falls_as_its_schedule_says(
+    schedule: str, expected: dict[int, float]
+) -> None:
+    config = OptimConfig(lr=1.0, warmup=10, schedule=schedule, final=0.1)
+    assert {step: rate(step, config, 110) for step in expected} == pytest.approx(expected)
+
+
+def test_only_matrices_decay() -> None:
+    named = list(Decoder(ModelConfig.from_dict(DECODER)).named_parameters())
+    optimizer = make_optimizer(named, OptimConfig(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decay[id(p)] for name, p in named} == {
+        name: 0.3 if p.dim() > 1 else 0.0 for name, p in named
+    }

@@ -1,0 +1,318 @@
+"""A training run, fully described: strict values, to and from YAML, with `key=value` overrides."""
+
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from writehead.catalog import Spec
+from writehead.core.shapes import check_choice
+
+KINDS = {"text": ("decoder",), "labelled": ("encoder", "decoder"), "parallel": ("seq2seq",)}
+OPTIMISERS = ("adamw", "adafactor")
+SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
+DEFAULT_MODEL: Spec = types.MappingProxyType(
+    {
+        "dim": 128,
+        "depth": 4,
+        "mixer": {"name": "mqa", "heads": 4},
+        "feedforward": {"name": "dense", "hidden": 512},
+    }
+)
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to learn from.
+
+    Attributes:
+        kind: "text" (a stream), "labelled" (texts and classes) or "parallel" (sources and targets).
+        train, valid: files, folders, or "stdlib" (Python's own sources); without `valid` the last part of
+            `train` is held out.
+        holdout: that part, as a share.
+        fields: keys of JSONL lines: (text,), (label, text) or (source, target); () is those names.
+        tokenizer: {"name": "bytes"}, {"name": "bpe", "vocab": 8192} or {"name": "folder", "path": ...}.
+        length: tokens of a row at most.
+        batch: rows of one optimiser step, over all processes and pieces.
+    """
+
+    kind: str = "text"
+    train: tuple[str, ...] = ("stdlib",)
+    valid: tuple[str, ...] = ()
+    holdout: float = 0.05
+    fields: tuple[str, ...] = ()
+    tokenizer: Spec = field(default_factory=lambda: {"name": "bytes"})
+    length: int = 256
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        check_choice("data.kind", self.kind, KINDS)
+        if not self.train:
+            raise ValueError("data.train is empty; give files, folders or 'stdlib'")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"data.holdout={self.holdout} must be a share between 0 and 1, such as 0.05")
+        at_least("data", self, length=1, batch=1)
+        wanted = 1 if self.kind == "text" else 2
+        if self.fields and len(self.fields) != wanted:
+            raise ValueError(f"data.fields must name {wanted} of each line; got {list(self.fields)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised beside the negative log-likelihood.
+
+    Attributes:
+        label_smoothing: share of the target's probability given to all tokens alike.
+        z_loss: weight of the squared log of the softmax's sum.
+        aux: weights of the auxiliary losses that mixers and layers report, by name; 1 where not given.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    aux: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing={self.label_smoothing} must be from 0 up to 1")
+        at_least("loss", self, z_loss=0)
+        for name, weight in self.aux.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise ValueError(f"loss.aux.{name} must be a number; got {weight!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How weights move.
+
+    Attributes:
+        name: "adamw" or "adafactor".
+        lr: the highest learning rate.
+        betas, eps: of adamw only.
+        weight_decay: of matrices; norms and biases have none.
+        schedule: after the warm-up: "cosine", "linear", "inverse_sqrt" or "constant".
+        warmup: steps over which the rate rises from 0.
+        final: the rate at the last step, as a share of `lr` (cosine and linear).
+    """
+
+    name: str = "adamw"
+    lr: float = 2e-3
+    betas: tuple[float, ...] | None = None
+    eps: float | None = None
+    weight_decay: float = 0.1
+    schedule: str = "cosine"
+    warmup: int = 50
+    final: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_choice("optim.name", self.name, OPTIMISERS)
+        check_choice("optim.schedule", self.schedule, SCHEDULES)
+        at_least("optim", self, lr=0, weight_decay=0, warmup=0)
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"optim.final={self.final} must be a share from 0 to 1")
+        if self.name != "adamw" and (self.betas, self.eps) != (None, None):
+            raise ValueError(f"optim.betas and optim.eps belong to adamw; got name={self.name!r}")
+        if self.betas is not None and not (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)):
+            raise ValueError(f"optim.betas={list(self.betas)} must be two numbers from 0 up to 1")
+        if self.eps is not None:
+            at_least("optim", self, eps=0)
+        if self.schedule == "inverse_sqrt" and self.warmup < 1:
+            raise ValueError("optim.schedule='inverse_sqrt' needs optim.warmup of at least 1; got 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How steps are made.
+
+    Attributes:
+        steps: optimiser steps in all.
+        accumulate: pieces into which each process divides its rows, to save memory.
+        clip: largest norm of the gradient; 0 is off.
+        precision: "float32", or "bfloat16" for autocast.
+        recompute: keep the inputs of layers only and compute the rest again in the backward pass.
+        compile: let inductor compile feed-forward layers and projections.
+        carry_state: rows read consecutive segments, the mixers' states passed on without gradient.
+        strategy: with several processes: "ddp" or "fsdp".
+    """
+
+    steps: int = 500
+    accumulate: int = 1
+    clip: float = 1.0
+    precision: str = "float32"
+    recompute: bool = False
+    compile: bool = False
+    carry_state: bool = False
+    strategy: str = "ddp"
+
+    def __post_init__(self) -> None:
+        at_least("loop", self, steps=1, accumulate=1, clip=0)
+        check_choice("loop.precision", self.precision, ("float32", "bfloat16"))
+        check_choice("loop.strategy", self.strategy, ("ddp", "fsdp"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What is said and kept; none of it changes the weights.
+
+    Attributes:
+        log_every, eval_every, save_every: steps between lines, evaluations and checkpoints; 0 is never
+            (the last step always does all three).
+        eval_batches: batches of an evaluation at most.
+        keep: checkpoints kept, newest first.
+        tensorboard: also write TensorBoard files (needs the package tensorboard).
+        sample: a text that every evaluation continues; None is off, and only decoders of text do it.
+        sample_tokens: tokens of the continuation.
+    """
+
+    log_every: int = 10
+    eval_every: int = 100
+    save_every: int = 100
+    eval_batches: int = 20
+    keep: int = 3
+    tensorboard: bool = False
+    sample: str | None = "def "
+    sample_tokens: int = 80
+
+    def __post_init__(self) -> None:
+        at_least("report", self, log_every=1, eval_every=0, save_every=0, eval_batches=1, keep=1)
+        at_least("report", self, sample_tokens=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run; `model` is a model config without `vocab`, which the tokenizer gives."""
+
+    seed: int = 0
+    model: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_MODEL))
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def __post_init__(self) -> None:
+        kind = self.model.get("kind", "decoder")
+        if kind not in KINDS[self.data.kind]:
+            raise ValueError(
+                f"data.kind={self.data.kind!r} trains a model of kind {' or '.join(KINDS[self.data.kind])}; "
+                f"got model.kind={kind!r}"
+            )
+        if self.loop.carry_state and self.data.kind != "text":
+            raise ValueError(f"loop.carry_state is for data.kind='text'; got {self.data.kind!r}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be a whole number from 0 to {2**32 - 1}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, every default written out."""
+        return _plain(self)  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """The run that plain values describe.
+
+        Raises:
+            ValueError: an unknown key (with the nearest), or a value that is refused.
+        """
+        return _section(cls, "", values)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of a YAML (or JSON) file.
+
+    Raises:
+        ValueError: not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not text; give a run as YAML") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if values is None or not isinstance(values, dict):
+        raise ValueError(f"{path}: a run is a mapping of keys to values; got {type(values).__name__}")
+    return values
+
+
+def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Values with `section.key=value` assignments over them; values are YAML.
+
+    Raises:
+        ValueError: an assignment without `=`, or one below something that is no mapping.
+    """
+    result: dict[str, Any] = _copy(values)
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        names = key.strip().split(".")
+        if not equals or not all(names):
+            raise ValueError(f"{text!r} is no override; write key=value, such as optim.lr=0.001")
+        inside = result
+        for depth, name in enumerate(names[:-1], 1):
+            inside = inside.setdefault(name, {})
+            if not isinstance(inside, dict):
+                raise ValueError(f"{text!r}: {'.'.join(names[:depth])} holds {inside!r}, not keys")
+        try:
+            inside[names[-1]] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{text!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    return result
+
+
+def at_least(section: str, config: object, **least: float) -> None:
+    """Raise unless each named number is finite and at least so much."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= low):
+            raise ValueError(f"{section}.{name}={value} must be at least {low}")
+
+
+def _section(cls: type[S], where: str, values: Any) -> S:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where or 'a run'} must be keys and values; got {values!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        check_choice(f"key of {where}" if where else "key", str(key), names)
+    return cls(
+        **{key: _value(f"{where}.{key}" if where else key, hints[key], v) for key, v in values.items()}
+    )
+
+
+def _value(name: str, hint: Any, value: Any) -> Any:
+    """The value as its annotation wants it: lists become tuples, 3e-4 (text in YAML) a number."""
+    if is_dataclass(hint):
+        return _section(typing.cast(type[Any], hint), name, value)
+    union = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [typing.get_origin(kind) or kind for kind in union]
+    if float in kinds and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if tuple in kinds and isinstance(value, str):
+        value = (value,)
+    if tuple in kinds and isinstance(value, list | tuple):
+        inner = typing.get_args(next(u for u in union if typing.get_origin(u) is tuple))[0]
+        return tuple(_value(name, inner, one) for one in value)
+    accepted = tuple(kind for kind in (*kinds, int if float in kinds else None) if kind is not None)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+        words = {type(None): "nothing", Mapping: "keys and values", tuple: "a list", int: "a whole number"}
+        words |= {str: "text", float: "a number", bool: "true or false"}
+        raise ValueError(f"{name} must be {' or '.join(words[k] for k in kinds)}; got {value!r}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(one) for key, one in value.items()} if isinstance(value, Mapping) else value

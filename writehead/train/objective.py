@@ -1,0 +1,148 @@
+"""The training loss of a model, as a module, so that DDP and FSDP2 wrap its forward pass."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from writehead.core.positions import Positions
+from writehead.core.shapes import check_choice
+from writehead.core.state import State
+from writehead.mixer import Aux
+from writehead.model.decoder import Decoder
+from writehead.model.encoder import Encoder
+from writehead.model.parts import weights
+from writehead.model.seq2seq import Seq2Seq
+from writehead.train.batches import Batch
+from writehead.train.config import LossConfig
+
+Model = Decoder | Encoder | Seq2Seq
+
+
+class Sums(NamedTuple):
+    """What a piece of a batch gives, summed over its targets.
+
+    Attributes:
+        loss: what is minimised.
+        nll: negative log-likelihood in nats, without gradient.
+        right: targets that were the likeliest.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    right: Tensor
+
+
+class Objective(nn.Module):
+    """A model and its loss."""
+
+    def __init__(self, model: Model, loss: LossConfig, choices: Sequence[int] = ()) -> None:
+        """Make it; `choices` are the tokens of the classes of labelled texts."""
+        super().__init__()
+        self.model, self.loss = model, loss
+        self.register_buffer("choices", torch.tensor(choices, dtype=torch.int64), persistent=False)
+
+    def forward(self, batch: Batch, state: State = None) -> tuple[Sums, State]:
+        """The sums of one piece, and the state after it if one was given."""
+        if len(self.choices):  # type: ignore[arg-type]
+            logits, aux = self._classify(batch)
+        elif isinstance(self.model, Seq2Seq):
+            assert batch.source is not None
+            logits, aux = self.model(batch.source, batch.tokens)
+        else:
+            assert isinstance(self.model, Decoder)
+            start = self.model.init_state(len(batch.tokens)) if state is None else state
+            x, after, aux = self.model.hidden(batch.tokens, start)
+            logits, state = self.model.logits(x), None if state is None else after
+        return self._sums(logits, batch.target, aux), state
+
+    def _classify(self, batch: Batch) -> tuple[Tensor, Aux]:
+        """Logits (B, 1, K): an encoder's mean vector, or a decoder's last one, against the classes' rows."""
+        if isinstance(self.model, Encoder):
+            x, pos, aux = self.model(batch.tokens)
+            valid = pos.valid[..., None].to(x.dtype)
+            x = (x * valid).sum(1) / valid.sum(1)
+        else:
+            assert isinstance(self.model, Decoder)
+            x, _, aux = self.model.hidden(batch.tokens, self.model.init_state(len(batch.tokens)))
+            x = x[torch.arange(len(x), device=x.device), (batch.tokens >= 0).sum(1) - 1]
+        logits = self.model.embedding.logits(x)
+        return logits[:, self.choices][:, None], aux  # type: ignore[index]
+
+    def _sums(self, logits: Tensor, target: Tensor, aux: Aux) -> Sums:
+        """Sums over the targets of cross-entropy and what the config adds to it."""
+        logits, target = logits.flatten(0, 1).float(), target.flatten()
+        if self.loss.label_smoothing or self.loss.z_loss:
+            whole, valid = logits.logsumexp(-1), target >= 0
+            each = whole - logits.gather(-1, target.clamp_min(0)[:, None])[:, 0]
+            nll = each[valid].sum()
+            smooth = self.loss.label_smoothing
+            spread = (whole - logits.mean(-1))[valid].sum()
+            loss = (1 - smooth) * nll + smooth * spread + self.loss.z_loss * whole[valid].square().sum()
+        else:
+            loss = nll = F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
+        loss = loss + auxiliary(aux, self.loss.aux) * (target >= 0).sum()
+        with torch.no_grad():
+            right = (logits.argmax(-1) == target).sum()
+        return Sums(loss, nll.detach(), right)
+
+
+def auxiliary(aux: Aux, weights: Mapping[str, float]) -> Tensor | float:
+    """The weighted sum of the auxiliary losses: those whose name ends in "loss".
+
+    Raises:
+        ValueError: a weight for a loss that the model does not report.
+    """
+    losses = {name: value for name, value in aux.items() if name.endswith("loss")}
+    for name in weights:
+        if name not in losses:
+            check_choice("auxiliary loss in loss.aux", name, losses)
+    return sum((weights.get(name, 1.0) * value.float().mean() for name, value in losses.items()), 0.0)
+
+
+@torch.no_grad()
+def load_into(model: Model, tensors: Mapping[str, Tensor]) -> None:
+    """Copy weights into a model.
+
+    Raises:
+        ValueError: weights that are missing, too many, or of other shapes.
+    """
+    own = weights(model)
+    for name in sorted(own.keys() ^ tensors.keys()):
+        raise ValueError(f"the weights {'lack' if name in own else 'have, and the model lacks,'} {name}")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            given = tuple(tensors[name].shape)
+            raise ValueError(f"{name} has shape {given}; the model's has {tuple(tensor.shape)}")
+        tensor.copy_(tensors[name])
+
+
+def recompute(model: Model) -> None:
+    """Make each layer keep only its inputs for the backward pass, and compute the rest again there."""
+    halves = [model.encoder, model.decoder] if isinstance(model, Seq2Seq) else [model]
+    for block in (block for half in halves for block in cast(Any, half.stack).blocks):
+        for name in ("forward", "encode"):
+            setattr(block, name, _Recomputed(block, getattr(block, name)))
+
+
+class _Recomputed:
+    """A layer's function, computed again in the backward pass.
+
+    Positions are made anew inside, since what layers share through them would be saved by one layer and not
+    by its recomputation.
+    """
+
+    def __init__(self, block: nn.Module, function: Any) -> None:
+        self.block, self.function = block, function
+
+    def __call__(self, x: Tensor, pos: Positions, *state: State) -> Any:
+        if not (self.block.training and torch.is_grad_enabled()):
+            return self.function(x, pos, *state)
+
+        def run(x: Tensor, index: Tensor) -> Any:
+            return self.function(x, Positions(index), *state)
+
+        return checkpoint(run, x, pos.index, use_reentrant=False)
