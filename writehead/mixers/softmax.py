@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from writehead.core.bind import Of, itself
 from writehead.core.cache import KV, Keys, Layout, Store, append, empty, state_bytes
 from writehead.core.heads import QKV
-from writehead.core.pattern import Causal, Pattern, from_spec
+from writehead.core.pattern import Causal, Full, Pattern, from_spec
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice, check_shape
 from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.attend import attend
+from writehead.ops.blocks import Bias
+from writehead.ops.whole import attend_whole, pays
 from writehead.positions.base import NoPosition, Scheme, has
 
 SCORES = 1 << 20  # a masked or biased call goes over its queries in pieces of about so many scores a head
@@ -138,14 +140,19 @@ class Softmax(nn.Module):
 
     def _attend(self) -> Callable[[Tensor, Keys, Positions], Tensor]:
         pattern, scale, score_bias = self.pattern, self.scale, self.position.bias if self.biased else None
+        plain = pattern in (Causal(), Full()) and not self.biased
+        wanted = tuple(self.position.parameters()) if self.biased else ()
+        bias = None if score_bias is None else Bias(score_bias, wanted, self.position.relative)
 
         def run(q: Tensor, keys: Keys, pos: Positions) -> Tensor:
+            if not plain and keys.pos is pos.index and pays(pattern, q.shape[1], bias is not None):
+                return attend_whole(q, keys.k, keys.v, pos, pattern, bias=bias, scale=scale)
             pieces = []
             for view in pos.once(_views, pos, keys.pos, pattern, score_bias is not None):
                 t, s = view.queries, view.keys
-                bias = None if score_bias is None else pos.once(score_bias, view.q, view.k, q.dtype)
+                added = None if score_bias is None else pos.once(score_bias, view.q, view.k, q.dtype)
                 part = (q, keys.k, keys.v) if view.whole else (q[:, t], keys.k[:, s], keys.v[:, s])
-                pieces.append(attend(*part, mask=view.mask, bias=bias, causal=view.causal, scale=scale)[0])
+                pieces.append(attend(*part, mask=view.mask, bias=added, causal=view.causal, scale=scale)[0])
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
         return run

@@ -226,6 +226,13 @@ class Or(Pattern):
     def tiles(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
         return self.a.tiles(q0, q1, k0, k1) | self.b.tiles(q0, q1, k0, k1)
 
+    @property
+    def order(self) -> Order:
+        return self.a.order if self.a.order == self.b.order else Order()
+
+    def folded(self, rows: int) -> Pattern:
+        return self.a.folded(rows) | self.b.folded(rows)
+
     def keys(self, q: Tensor) -> Tensor:
         a, b = self.a.keys(q), self.b.keys(q)
         return torch.cat([a, torch.where(_reads(self.a, q, b), -1, b)], 1)
