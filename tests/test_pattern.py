@@ -11,6 +11,7 @@ from writehead.core.pattern import (
     And,
     Axis,
     Block,
+    Blocks,
     Causal,
     Columns,
     Dilated,
@@ -25,6 +26,7 @@ from writehead.core.pattern import (
     Random,
     Reach,
     Readers,
+    Span,
     Strided,
     Window,
     from_spec,
@@ -47,7 +49,9 @@ FIXED = st.builds(
     small(0, 3),
 )
 SPARSE = st.one_of(
-    st.builds(Readers, small(1, 5)),
+    st.builds(Readers, small(1, 5), small(0, 9)),
+    st.builds(Span, small(0, 20), small(1, 4)),
+    st.builds(Blocks, small(1, 5), small(0, 2), small(0, 2)),
     st.builds(Strided, small(1, 7)),
     FIXED,
     st.builds(Dilated, small(1, 4), small(1, 4), small(0, 2)),
@@ -93,15 +97,16 @@ def test_mask_is_allows_pair_by_pair_and_padding_takes_part_in_nothing(pattern):
     assert not mask[:, :, ~real].any()
 
 
-UNLISTED = (Full(), *map(Readers, range(1, 6)))
-
-
 def listable(pattern: Pattern) -> bool:
     if isinstance(pattern, And):
         return listable(pattern.a) or listable(pattern.b)
     if isinstance(pattern, Or):
         return listable(pattern.a) and listable(pattern.b)
-    return all(map(listable, pattern.patterns)) if isinstance(pattern, PerHead) else pattern not in UNLISTED
+    return (
+        all(map(listable, pattern.patterns))
+        if isinstance(pattern, PerHead)
+        else not isinstance(pattern, Full | Readers)
+    )
 
 
 @given(ANY)
@@ -274,6 +279,9 @@ def test_sinks_are_the_first_keys_and_the_window_but_nothing_later():
         (Axis(5, 4, 0), Reach(0, 17)),
         (Axis(5, 4, 1), Reach(0, 4)),
         (Readers(3), Reach(0, 3)),
+        (Readers(3, start=4), Reach(0, 7)),
+        (Span(4, 3), Reach(7, 0)),
+        (Blocks(4, 2, 1), Reach(0, 12)),
         (Random(4, 2), Reach(0, None)),
         (Image1D(4, 6), Reach(0, 10)),
         (Image2D(32, 4, 8, 4, 8), Reach(0, 32 * 4 + 4 * (8 + 8))),
@@ -322,7 +330,9 @@ def test_reprs_read_as_they_are_written():
         ),
         (lambda: Window(3, -1), r"nearest is Window\(3, 0\)"),
         (lambda: Leading(0), r"Leading\(0\): count must be at least 1"),
-        (lambda: Readers(0), r"Readers\(0\): count must be at least 1"),
+        (lambda: Readers(0), "count must be at least 1"),
+        (lambda: Span(-1, 2), "start must be at least 0, count at least 1"),
+        (lambda: Blocks(4, -1), "before and after must be at least 0"),
         (lambda: Strided(0), r"Strided\(stride=0\): stride must be at least 1"),
         (lambda: Fixed(8, 3, 2), r"part=2\): a block has parts 0 to 1"),
         (lambda: Dilated(0, 2), "window must be at least 1"),

@@ -32,6 +32,10 @@ DIM, LENGTH = 16, 29
 TINY: Mapping[str, Any] = {
     "heads": 4,
     "window": 6,
+    "stride": 6,
+    "columns": 2,
+    "block": 4,
+    "memory": 5,
 }  # a row's arguments when `check_row` builds it, at any depth
 
 

@@ -115,33 +115,64 @@ class Leading(Pattern):
 
 
 @dataclass(frozen=True)
-class Readers(Pattern):
-    """The first `count` queries read every key: with Leading, the global tokens of an encoder."""
+class Span(Pattern):
+    """Every query reads the `count` keys from `start` on."""
 
+    start: int
     count: int
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"Readers({self.count}): count must be at least 1")
+        if self.start < 0 or self.count < 1:
+            raise ValueError(f"{self}: start must be at least 0, count at least 1")
 
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q < self.count) & (k >= 0)
+        return (k >= self.start) & (k < self.start + self.count) & (q >= 0)
 
     @property
     def reach(self) -> Reach:
-        return Reach(0, self.count)  # the last of them is the last that reads anything
+        return Reach(self.start + self.count, 0)
 
     @property
     def causal(self) -> bool:
         return False
 
     def tiles(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
-        return (q0 < self.count) & (k1 >= 0)
+        return (k1 >= self.start) & (k0 < self.start + self.count) & (q1 >= 0)
+
+    def keys(self, q: Tensor) -> Tensor:
+        return torch.arange(self.start, self.start + self.count, device=q.device).expand(len(q), -1)
+
+
+@dataclass(frozen=True)
+class Readers(Pattern):
+    """The `count` queries from `start` on read every key: with Leading or Span, the global tokens of an
+    encoder."""
+
+    count: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.start < 0:
+            raise ValueError(f"{self}: count must be at least 1, start at least 0")
+
+    def allows(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= self.start) & (q < self.start + self.count) & (k >= 0)
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(0, self.start + self.count)  # the last of them is the last that reads anything
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    def tiles(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
+        return (q1 >= self.start) & (q0 < self.start + self.count) & (k1 >= 0)
 
     def keys(self, q: Tensor) -> Tensor:
         raise ValueError("Readers has no finite list of keys: combine it with Causal or Window")
 
 
-def spread(count: int) -> Pattern:
-    """Global tokens: the first `count` read all and are read by all."""
-    return Leading(count) | Readers(count)
+def everywhere(start: int, count: int) -> Pattern:
+    """Global tokens: the `count` from `start` on read all and are read by all."""
+    return Span(start, count) | Readers(count, start)

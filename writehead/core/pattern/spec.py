@@ -6,9 +6,9 @@ from typing import Any
 
 from writehead.core.pattern.base import And, Or, Pattern, PerHead
 from writehead.core.pattern.image import Image1D, Image2D
-from writehead.core.pattern.plain import Causal, Full, Leading, Readers, Window
+from writehead.core.pattern.plain import Causal, Full, Leading, Readers, Span, Window
 from writehead.core.pattern.scattered import Random
-from writehead.core.pattern.strided import Axis, Block, Dilated, Fixed, Strided
+from writehead.core.pattern.strided import Axis, Block, Blocks, Dilated, Fixed, Strided
 from writehead.core.shapes import check_choice
 
 PATTERNS: dict[str, type[Pattern]] = {
@@ -16,11 +16,13 @@ PATTERNS: dict[str, type[Pattern]] = {
     "causal": Causal,
     "window": Window,
     "leading": Leading,
+    "span": Span,
     "readers": Readers,
     "strided": Strided,
     "fixed": Fixed,
     "dilated": Dilated,
     "block": Block,
+    "blocks": Blocks,
     "axis": Axis,
     "random": Random,
     "image_1d": Image1D,

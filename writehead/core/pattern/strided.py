@@ -204,6 +204,42 @@ class Block(Pattern):
 
 
 @dataclass(frozen=True)
+class Blocks(Pattern):
+    """A window counted in blocks of `size`: a query reads its block, `before` ones before it and `after`
+    behind it."""
+
+    size: int
+    before: int
+    after: int = 0
+
+    def __post_init__(self) -> None:
+        _least("Blocks", size=self.size)
+        if self.before < 0 or self.after < 0:
+            raise ValueError(f"{self}: before and after must be at least 0")
+
+    def allows(self, q: Tensor, k: Tensor) -> Tensor:
+        distance = q // self.size - k // self.size
+        return (distance <= self.before) & (distance >= -self.after)
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(0, self.size * (self.before + 1))
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    def tiles(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
+        near = q0 // self.size - k1 // self.size <= self.before
+        return near & (q1 // self.size - k0 // self.size >= -self.after)
+
+    def keys(self, q: Tensor) -> Tensor:
+        first = (q // self.size - self.before) * self.size
+        count = (self.before + 1 + self.after) * self.size
+        return (first[:, None] + torch.arange(count, device=q.device)).clamp_min(-1)
+
+
+@dataclass(frozen=True)
 class Axis(Pattern):
     """Tokens are a height x width image, row after row: axis 0 reads the query's column, axis 1 its row."""
 
