@@ -117,7 +117,7 @@ def test_image_transformer_reads_the_papers_sets_in_one_dimension(kv_heads):
     ("block", "margin"), [((2, 3), (2, 3)), ((2, 2), (3, 1)), ((1, 6), (2, 0)), ((3, 2), (1, 4))]
 )
 def test_image_transformer_reads_the_papers_sets_in_two_dimensions(block, margin):
-    mixer = ImageTransformer2D(X, heads=2, kv_heads=1, width=6, block=list(block), margin=list(margin))
+    mixer = ImageTransformer2D(X, heads=2, kv_heads=1, image_width=6, patch=list(block), margin=list(margin))
     sets = paper.image_2d(6, 6, block, margin)
     assert_is(mixer, [sets] * 2, length=36)
     live = max(len({j for i in range(t, 36) for j in sets[i] if j < t}) for t in range(36))
@@ -174,7 +174,9 @@ MULTI_QUERY = {
     "halves by heads": lambda: SparseTransformer(16, heads=4, kv_heads=2, stride=4, columns=1, use="heads"),
     "block": lambda: BlockBERT(16, heads=4, kv_heads=1, blocks=3, block=4),
     "image 1d": lambda: ImageTransformer1D(16, heads=4, kv_heads=1, block=4, memory=3),
-    "image 2d": lambda: ImageTransformer2D(16, heads=4, kv_heads=1, width=6, block=[2, 3], margin=[1, 2]),
+    "image 2d": lambda: ImageTransformer2D(
+        16, heads=4, kv_heads=1, image_width=6, patch=[2, 3], margin=[1, 2]
+    ),
     "big bird": lambda: BigBird(16, heads=4, kv_heads=1, block=3, random=1, causal=True),
 }
 
@@ -231,9 +233,9 @@ def test_a_strided_step_reads_the_window_and_the_stride_only(monkeypatch):
             "need one for each of 2 key/value heads, from 0 to 1",
         ),
         (lambda: BlockBERT(8, heads=2, shifts=[0]), "need one for each of 2"),
-        (lambda: ImageTransformer2D(8, block=[4]), "must be two numbers each"),
+        (lambda: ImageTransformer2D(8, patch=[4]), "must be two numbers each"),
         (
-            lambda: ImageTransformer2D(8, width=30),
+            lambda: ImageTransformer2D(8, image_width=30),
             "width=30 must be a positive multiple of columns=16; nearest is 32",
         ),
         (lambda: BigBird(12, block=0), "block must be at least 1, the others 0"),

@@ -36,6 +36,9 @@ TINY: Mapping[str, Any] = {
     "columns": 2,
     "block": 4,
     "memory": 5,
+    "image_width": 8,
+    "patch": [2, 4],
+    "margin": [2, 4],
 }  # a row's arguments when `check_row` builds it, at any depth
 
 

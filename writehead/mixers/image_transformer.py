@@ -64,8 +64,8 @@ class ImageTransformer2D(Softmax):
         heads: int = 4,
         kv_heads: int | None = None,
         head_dim: int | None = None,
-        width: int = 32,
-        block: list[int] | None = None,
+        image_width: int = 32,
+        patch: list[int] | None = None,
         margin: list[int] | None = None,
         position: Scheme | None = None,
     ) -> None:
@@ -76,22 +76,22 @@ class ImageTransformer2D(Softmax):
             heads: query heads H.
             kv_heads: key/value heads G; default H.
             head_dim: width D; default dim / heads.
-            width: of the image, in positions (three a pixel where channels are positions).
-            block: rows and columns of a block of queries; default 16 and 16.
+            image_width: of the image, in positions (three a pixel where channels are positions).
+            patch: rows and columns of a block of queries; default 16 and 16.
             margin: rows above and columns beside the block that it reads; default 16 and 32.
             position: the model's position scheme.
 
         Raises:
-            ValueError: block or margin is not two numbers, or the image is not whole blocks wide.
+            ValueError: patch or margin is not two numbers, or the image is not whole blocks wide.
         """
-        block, margin = block or [16, 16], margin or [16, 32]
-        if len(block) != 2 or len(margin) != 2:
-            raise ValueError(f"block={block} and margin={margin} must be two numbers each: rows and columns")
+        patch, margin = patch or [16, 16], margin or [16, 32]
+        if len(patch) != 2 or len(margin) != 2:
+            raise ValueError(f"patch={patch} and margin={margin} must be two numbers each: rows and columns")
         super().__init__(
             dim,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            pattern=Image2D(width, *block, *margin),
+            pattern=Image2D(image_width, *patch, *margin),
             position=position,
         )

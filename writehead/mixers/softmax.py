@@ -125,8 +125,10 @@ class Softmax(nn.Module):
         """Who may read whom in a sequence of `length` tokens."""
         return self.pattern
 
-    def _project(self, of: Of) -> Callable[[Tensor, Positions], tuple[Tensor, Tensor, Tensor]]:
-        qkv, H, G, X = of(self.qkv), self.qkv.heads, self.qkv.kv_heads, self.qkv.weight.shape[1]
+    def _project(
+        self, of: Of, module: QKV | None = None
+    ) -> Callable[[Tensor, Positions], tuple[Tensor, Tensor, Tensor]]:
+        qkv, H, G, X = of(module or self.qkv), self.qkv.heads, self.qkv.kv_heads, self.qkv.weight.shape[1]
         scheme = self.position
         infuse, rotate = scheme.infuse if has(scheme, "infuse") else None, scheme.rotate
         turns, ends = has(scheme, "rotate"), scheme.max_context is not None

@@ -5,8 +5,8 @@ Paper     Child, Gray, Radford, Sutskever 2019, "Generating Long Sequences with 
 Equation  softmax attention over S_i; strided: near {j : 0 <= i-j < l}, far {j <= i : (i-j) mod l = 0};
           fixed: near {j <= i : floor(j/l) = floor(i/l)}, far {j <= i : l-c(s+1) <= j mod l < l-cs}
           for part s
-State     strided: all keys and values, of which a step reads l + t/l; fixed: a ring of l - c and the c columns
-          of every block, for each part in use; near alone: a ring of l
+State     strided: all keys and values, of which a step reads l + t/l; fixed: a ring of l - c and the c
+          columns of every block, for each part in use; near alone: a ring of l
 Cost      whole sequence O(T (l + T/l)) strided, O(T (l + c T/l)) fixed: O(T sqrt T) with l about sqrt T
 Decodes   exactly
 Differs   the window has l keys and a block c columns, as in the authors' code (the paper's text says l+1 and
