@@ -8,6 +8,7 @@ from writehead.bench.attention import Attention
 from writehead.bench.decode import OURS, Row
 from writehead.bench.heads import Shared
 from writehead.bench.plots import all_heads
+from writehead.bench.scaling import Growth, slopes
 from writehead.cli.output import size, table
 
 
@@ -56,4 +57,19 @@ def attention_table(cells: Sequence[Attention]) -> Table:
         ours, theirs = cell.ours.median * 1e6, cell.enable_gqa.median * 1e6
         share = f"{cell.roof_s / cell.ours.median:.0%}"
         grid.add_row(where, f"{ours:.0f}", f"{theirs:.0f}", f"{cell.times:.1f}x", share)
+    return grid
+
+
+def scaling_table(cells: Sequence[Growth]) -> Table:
+    """Seconds and memory of each subject at each length; the last line of each has the slopes."""
+    grid = table("attention", "tokens", "forward s", "with backward s", "peak memory")
+    for name, found in slopes(cells).items():
+        for cell in (c for c in cells if c.name == name):
+            if cell.error:
+                grid.add_row(name, str(cell.tokens), "failed", cell.error[:40], "")
+                continue
+            seconds = (f"{cell.forward_s:.3g}", f"{cell.both_s:.3g}")
+            grid.add_row(name, str(cell.tokens), *seconds, size(cell.peak_bytes))
+        both = f"{found['both_s']:.2f} (theory {found['theory']:g})"
+        grid.add_row("", "slope", f"{found['forward_s']:.2f}", both, f"{found['peak_bytes']:.2f}")
     return grid
