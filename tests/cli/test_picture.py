@@ -48,7 +48,7 @@ def test_every_mixer_sees_what_its_pattern_says(name: str) -> None:
         assert bool(picture.seen.all())
         return
     index = torch.arange(40)[None]
-    pattern = build(MIXERS, {"name": name, "heads": 4}, dim=8).pattern
+    pattern = build(MIXERS, {"name": name, "heads": 4}, dim=8).pattern_for(40)
     assert picture.seen.shape == (4, 40, 40)
     assert torch.equal(picture.seen, pattern.mask(index, index)[0].expand(4, -1, -1))
     assert picture.wrong == 0

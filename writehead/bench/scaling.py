@@ -99,7 +99,7 @@ def measure(
         y.backward(weight)
         forward.append(middle - start)
         both.append(time.perf_counter() - start)
-    return min(forward), min(both), _highest() - before
+    return min(forward), min(both), max(0, _highest() - before)
 
 
 def _highest(reset: bool = False) -> int:
