@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference.attention import attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from writehead.ops.attend import FOLD, attend, merge
+from writehead.ops.attend import FOLD, LONG, MANY, PIECE, attend, merge
 
 HEADS = [(1, 1), (4, 4), (4, 2), (4, 1), (6, 3)]
 
@@ -80,6 +80,18 @@ def test_folded_queries_and_one_product_a_member_agree_with_the_reference(T):
         right = attention(q, k, v, 3**-0.5, **options)
         close(y, right[0])
         close(lse, right[1])
+
+
+@pytest.mark.parametrize(("S", "G"), [(LONG, 1), (LONG + 1, 2), (3 * PIECE - 1, 1)])
+def test_one_token_over_pieces_of_a_long_cache_is_the_exact_form(S, G):
+    q, k, v = inputs(2, 1, S, MANY * G, G)
+    k[:, -1], v[:, -1] = 3 * q[:, 0, ::MANY], 7  # the last key counts, so that a lost one shows
+    y, lse = attend(q, k, v, scale=0.7)
+    right_y, right_lse = attend(q, k, v, scale=0.7, exact=True)
+    close(y, right_y)
+    close(lse, right_lse)
+    low = [t.bfloat16() for t in (q, k, v)]
+    torch.testing.assert_close(attend(*low, scale=0.7)[0].double(), right_y, rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -43,10 +43,10 @@ def test_start_gives_the_logits_after_each_rows_last_token(left: bool) -> None:
 
 
 def test_prefill_puts_one_token_a_row_through_the_output_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = decoder(), []
-    whole = model.logits
-    monkeypatch.setattr(model, "logits", lambda x: seen.append(x.shape) or whole(x))
-    TorchEngine(model, prefill_chunk=2).start(padded(PROMPTS), Store())
+    engine, seen = TorchEngine(decoder(), prefill_chunk=2), []
+    whole = engine._logits
+    monkeypatch.setattr(engine, "_logits", lambda x: seen.append(x.shape) or whole(x))
+    engine.start(padded(PROMPTS), Store())
     assert seen == [(4, 16)]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from writehead.core.bind import Of, itself
+from writehead.core.bind import Of, itself, product
 from writehead.core.norm import RMS
 from writehead.core.shapes import check_multiple
 
@@ -58,16 +58,17 @@ class QKV(nn.Module):
 
     def bind(self, of: Of = itself) -> Callable[..., tuple[Tensor, Tensor]]:
         H, G, D, weight, bias = self.heads, self.kv_heads, self.head_dim, self.weight, self.bias
+        rows = (H + G) * D
+        biases = (None, None) if bias is None else (bias[:rows], bias[rows:])
+        project = product(of, weight, bias)
         q_norm, k_norm = (None if norm is None else of(norm) for norm in (self.q_norm, self.k_norm))
 
         def run(x: Tensor, infused: Tensor | None = None) -> tuple[Tensor, Tensor]:
             B, T, _ = x.shape
             if infused is None:
-                heads = F.linear(x, weight, bias).view(B, T, H + 2 * G, D)
+                heads = project(x).view(B, T, H + 2 * G, D)
                 qk, v = heads.narrow(2, 0, H + G), heads.narrow(2, H + G, G)
             else:
-                rows = (H + G) * D
-                biases = (None, None) if bias is None else (bias[:rows], bias[rows:])
                 qk = F.linear(infused, weight[:rows], biases[0]).view(B, T, H + G, D)
                 v = F.linear(x, weight[rows:], biases[1]).view(B, T, G, D)
             if q_norm is not None and k_norm is not None:

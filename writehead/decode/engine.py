@@ -4,9 +4,9 @@ import copy
 from typing import Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from writehead.core.bind import bound, itself
+from writehead.core.bind import bound, itself, packed
 from writehead.core.cache import Store
 from writehead.core.shapes import check_shape
 from writehead.core.state import State
@@ -61,7 +61,11 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """Runs a `Decoder` or `Seq2Seq` with PyTorch; the model is switched to evaluation."""
+    """Runs a `Decoder` or `Seq2Seq` with PyTorch; the model is switched to evaluation.
+
+    On a CPU float32 matrices get a packed copy when a batch or a short prefill first needs it, where memory
+    allows: batches decode up to twice as fast for twice the weights' memory.
+    """
 
     name = "torch"
 
@@ -86,8 +90,8 @@ class TorchEngine:
         model.eval()
         self.model, self.prefill_chunk = compiled(model) if compile else model, prefill_chunk
         self.decoder = self.model.decoder if isinstance(self.model, Seq2Seq) else self.model
-        lay_out(self.decoder.stack)
-        self._hidden = self.decoder.bind(itself if compile else bound)
+        of = itself if compile else packed if self._has_room() else bound
+        self._hidden, self._logits = self.decoder.bind(of), self.decoder.embedding.bind_logits(of)
         self.vocab, self.device = self.decoder.config.vocab, self.decoder.embedding.table.device
         self.positions = self.decoder.embedding.position.max_context
         self.trained_context = self.decoder.config.max_context
@@ -116,19 +120,19 @@ class TorchEngine:
             at = (last - first).clamp(0, x.shape[1] - 1)
             end = x[torch.arange(len(x), device=self.device), at]
             ends = [torch.where((last < first)[:, None], ends[0], end) if ends else end]
-        return self.decoder.logits(ends[0]), state
+        return self._logits(ends[0]), state
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """As `Engine.step`."""
         x, state, _ = self._hidden(tokens[:, None], state)
-        return self.decoder.logits(x[:, 0]), state
+        return self._logits(x[:, 0]), state
 
     @torch.inference_mode()
     def verify(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """As `Engine.verify`."""
         x, state, _ = self._hidden(tokens, state)
-        return self.decoder.logits(x), state
+        return self._logits(x), state
 
     def weight_bytes(self) -> int:
         """As `Engine.weight_bytes`: tables of which only a few rows are read are left out."""
@@ -152,6 +156,11 @@ class TorchEngine:
         per_token = sum(2 * qkv.kv_heads * qkv.head_dim for qkv in heads)
         return int(sources * length * per_token * itemsize)
 
+    def _has_room(self) -> bool:
+        """Is there memory for a packed copy of every matrix, and as much again for caches?"""
+        there = available_memory()
+        return there is None or 2 * self.weight_bytes() <= there
+
     def _empty(self, batch: int, store: Store, source: Tensor | None) -> State:
         if isinstance(self.model, Seq2Seq):
             if source is None or len(source) != batch:
@@ -163,17 +172,6 @@ class TorchEngine:
         if source is not None:
             raise ValueError("a source was given, but this model has no encoder")
         return self.model.init_state(batch, store)
-
-
-def lay_out(stack: nn.Module) -> None:
-    """Keep float32 matrices on a CPU column by column; their shapes and values stay.
-
-    MKL multiplies 3 to 32 rows with such a matrix 1.4 to 2 times as fast, and one row no slower.
-    """
-    for parameter in stack.parameters():
-        matrix = parameter.dim() == 2 and parameter.is_cpu and parameter.dtype == torch.float32
-        if matrix and parameter.is_contiguous():
-            parameter.data = parameter.data.t().contiguous().t()
 
 
 def compiled(model: Model) -> Model:

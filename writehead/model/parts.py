@@ -2,6 +2,7 @@
 sentence."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from writehead.catalog import FEEDFORWARDS, MIXERS, POSITIONS, STACKS, argument, build, find, load
 from writehead.config import ModelConfig
+from writehead.core.bind import Of, itself, product
 from writehead.core.positions import Positions
 from writehead.positions.base import Scheme, has
 
@@ -50,11 +52,15 @@ class Embedding(nn.Module):
         places = self.position.embed(pos, x.dtype)
         return x if places is None else x + places
 
+    def bind_logits(self, of: Of = itself) -> Callable[[Tensor], Tensor]:
+        """`logits` as a plain function."""
+        head = product(of, self.table if self.output is None else self.output, self.bias)
+        scale = self.logit_scale
+        return head if scale == 1 else lambda x: head(x * scale)
+
     def logits(self, x: Tensor) -> Tensor:
         """x (..., X) -> (..., V)."""
-        if self.logit_scale != 1:
-            x = x * self.logit_scale
-        return F.linear(x, self.table if self.output is None else self.output, self.bias)
+        return self.bind_logits()(x)
 
 
 def build_position(config: ModelConfig) -> Scheme:

@@ -18,6 +18,11 @@ from writehead.core.shapes import check_multiple, check_shape
 FOLD = (
     64  # up to so many rows the queries of a group become one product; beyond, the kernel shares keys itself
 )
+PIECE = 2048  # keys of one piece where a single token's keys are cut up
+LONG, MANY = (
+    4096,
+    12,
+)  # from so many keys and rows a key/value head pieces beat the fused kernel (docs/log.md)
 flash = torch._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -63,6 +68,8 @@ def attend(
     plain = exact or E != D or not q.is_cpu or (bias is not None and bias.requires_grad)
     if plain:
         return _exact(q, k, v, _additive(mask, bias, causal, q, S), scale)
+    if T == 1 and S >= LONG and H // G >= MANY and mask is None and bias is None and not _graph(q, k, v):
+        return _pieces(q, k, v, scale)
     if T == 1 or T < H // G * T <= FOLD:
         return _folded(q, k, v, _additive(mask, bias, causal, q, S), scale)
     triangle = causal and T == S and mask is None and bias is None
@@ -114,6 +121,40 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) 
     weights, lse = _softmax(scores, -1)
     y = weights.to(v.dtype).reshape(B, G, -1, weights.shape[-1]) @ v.transpose(1, 2)
     return y.reshape(B, H, T, -1).transpose(1, 2).to(q.dtype), lse.transpose(1, 2)
+
+
+def _graph(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+
+
+def _pieces(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One token's many query rows against the keys of each head in pieces, which threads share; no graph."""
+    (B, _, H, D), S, G = q.shape, *k.shape[1:3]
+    rows, found = (q * scale).view(B, G, H // G, D), []
+    size = S // (S // PIECE)
+    whole = S - S % size
+    for b in range(B):
+        for g in range(G):
+            head = [(k[b, :whole, g].unflatten(0, (-1, size)), v[b, :whole, g].unflatten(0, (-1, size)))]
+            if whole < S:
+                head.append((k[b, None, whole:, g], v[b, None, whole:, g]))
+            parts = [_piece(rows[b, g], *part) for part in head]
+            y, lse = (torch.cat(t) if len(t) > 1 else t[0] for t in zip(*parts, strict=True))
+            shares, total = _softmax(lse, 0)
+            found.append(((shares.to(y.dtype)[..., None] * y).sum(0), total))
+    y, lse = (torch.stack(t) for t in zip(*found, strict=True))
+    return y.view(B, 1, H, D), lse.view(B, 1, H)
+
+
+def _piece(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """q (R, D), k and v (pieces, S, D): y (pieces, R, D) and lse (pieces, R)."""
+    scores = torch.bmm(q.expand(len(k), *q.shape), k.transpose(1, 2))
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    top = wide.amax(-1, keepdim=True)
+    shares = wide.sub_(top).exp_()
+    total = shares.sum(-1, keepdim=True)
+    y = torch.bmm(shares.to(v.dtype), v).div_(total)
+    return y, (total.log_() + top).squeeze(-1)
 
 
 def _folded(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
