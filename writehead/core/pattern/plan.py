@@ -174,12 +174,14 @@ def _tile(
     runs: list[tuple[int, int]] = []
     masks: list[Tensor | None] = []
     widths = []
-    for block in blocks.tolist():
-        a, b = block * size, min(block * size + size, count)
-        k = _at(keys, a, b)
-        mask = part.allows(q[:, None], k) & (q >= 0)[:, None] & (k >= 0)
-        if earlier is not None:
-            mask &= ~earlier.allows(q[:, None], k)
+    ends = [(block * size, min(block * size + size, count)) for block in blocks.tolist()]
+    if not ends:
+        return None
+    k = torch.cat([_at(keys, a, b) for a, b in ends])
+    allowed = part.allows(q[:, None], k) & (q >= 0)[:, None] & (k >= 0)
+    if earlier is not None:
+        allowed &= ~earlier.allows(q[:, None], k)
+    for (a, b), mask in zip(ends, allowed.split([b - a for a, b in ends], 1), strict=True):
         if not bool(mask.any()):
             continue
         if runs and runs[-1][1] == a:
@@ -187,7 +189,7 @@ def _tile(
         else:
             runs.append((a, b))
         widths.append(b - a)
-        masks.append(None if bool(mask.all()) else known.setdefault(_name(mask), mask))
+        masks.append(None if bool(mask.all()) else known.setdefault(_name(mask), mask.clone()))
     return Tile(start, start + len(q), tuple(runs), tuple(masks), tuple(widths)) if runs else None
 
 
