@@ -10,6 +10,7 @@ from writehead.core.pattern import Image2D
 from writehead.core.positions import Positions
 from writehead.core.state import nbytes
 from writehead.laws import DECODING, check
+from writehead.mixers.axial import Axial
 from writehead.mixers.big_bird import BigBird
 from writehead.mixers.block_bert import BlockBERT, favoured
 from writehead.mixers.image_transformer import ImageTransformer1D, ImageTransformer2D
@@ -136,6 +137,26 @@ def test_blocked_raster_order_and_pixels_translate_into_each_other():
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_axial_attention_is_dense_attention_along_one_axis_of_the_image(axis, causal):
+    mixer = Axial(X, heads=H, kv_heads=2, image_width=5, axis=axis, causal=causal, bias="none").double()
+    q, k, v, out = weights_of(mixer)
+    x, pos = torch.randn(2, 30, X).double(), Positions.range(2, 0, 30)
+    lines = x.view(2, 6, 5, X) if axis == 1 else x.view(2, 6, 5, X).transpose(1, 2)
+    heads = []
+    for h in range(H):
+        scores = (lines @ q[h].T) @ (lines @ k[h // 2].T).transpose(-1, -2) / q.shape[1] ** 0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), -torch.inf)
+        heads.append(scores.softmax(-1) @ (lines @ v[h // 2].T))
+    right = torch.cat(heads, -1) @ out.T
+    right = (right if axis == 1 else right.transpose(1, 2)).reshape(2, 30, X)
+    y = mixer(x, pos)[0] if causal else mixer.encode(x, pos)[0]
+    torch.testing.assert_close(y, right, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize("length", [24, 23, 9, 3])
 def test_big_bird_reads_the_papers_blocks(kv_heads, length):
@@ -177,6 +198,8 @@ MULTI_QUERY = {
     "image 2d": lambda: ImageTransformer2D(
         16, heads=4, kv_heads=1, image_width=6, patch=[2, 3], margin=[1, 2]
     ),
+    "columns": lambda: Axial(16, heads=4, kv_heads=1, image_width=5, causal=True),
+    "rows": lambda: Axial(16, heads=4, kv_heads=1, image_width=5, axis=1, causal=True),
     "big bird": lambda: BigBird(16, heads=4, kv_heads=1, block=3, random=1, causal=True),
 }
 
@@ -238,6 +261,7 @@ def test_a_strided_step_reads_the_window_and_the_stride_only(monkeypatch):
             lambda: ImageTransformer2D(8, image_width=30),
             "width=30 must be a positive multiple of columns=16; nearest is 32",
         ),
+        (lambda: Axial(8, axis=2), r"axis must be 0 \(columns\) or 1 \(rows\)"),
         (lambda: BigBird(12, block=0), "block must be at least 1, the others 0"),
         (
             lambda: BigBird(12)(torch.randn(1, 2, 12), Positions.range(1, 0, 2)),
