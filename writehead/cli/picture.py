@@ -86,6 +86,9 @@ def look(mixer: nn.Module, length: int, dim: int, heads: int = 1) -> Picture:
         return Picture(planes, None, "")
     index = Positions.range(1, 0, length).index
     stated = pattern.mask(index, index)[0].expand(len(planes), -1, -1)
+    # a query that weighs two keys against each other depends on its own token, whether it reads it or not
+    weighs = stated.sum(-1, keepdim=True) > 1
+    stated = stated | (weighs & torch.eye(length, dtype=torch.bool))
     return Picture(planes, stated, str(pattern))
 
 
