@@ -139,34 +139,34 @@ def test_the_causal_form_rewinds_into_its_global_tokens():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Longformer(12, window=5), "for an encoder, even; nearest is 6"),
-        (lambda: Longformer(12, tokens=-1), "tokens must be at least 0"),
-        (lambda: Longformer(12, dilations=[1]), "need one for each of 12 key/value heads"),
+        (lambda: Longformer(16, window=5), "for an encoder, even; nearest is 6"),
+        (lambda: Longformer(16, tokens=-1), "tokens must be at least 0"),
+        (lambda: Longformer(16, dilations=[1]), "need one for each of 8 key/value heads"),
         (
-            lambda: Longformer(12)(torch.randn(1, 2, 12), Positions.range(1, 0, 2)),
+            lambda: Longformer(16)(torch.randn(1, 2, 16), Positions.range(1, 0, 2)),
             "reads keys after the query, so it cannot decode: use encode",
         ),
         (
-            lambda: Longformer(12, causal=True).encode(
-                torch.randn(1, 2, 12), Positions.range(1, 0, 2), torch.zeros(1, 2, dtype=torch.bool)
+            lambda: Longformer(16, causal=True).encode(
+                torch.randn(1, 2, 16), Positions.range(1, 0, 2), torch.zeros(1, 2, dtype=torch.bool)
             ),
             "marked is for the encoder",
         ),
         (
-            lambda: Longformer(12, position=ALiBi(12)).encode(
-                torch.randn(1, 2, 12), Positions.range(1, 0, 2), torch.zeros(1, 2, dtype=torch.bool)
+            lambda: Longformer(16, position=ALiBi(8)).encode(
+                torch.randn(1, 2, 16), Positions.range(1, 0, 2), torch.zeros(1, 2, dtype=torch.bool)
             ),
             "need a position scheme without a bias",
         ),
         (
-            lambda: Longformer(12).encode(
-                torch.randn(1, 2, 12), Positions.range(1, 0, 2), torch.zeros(1, 3, dtype=torch.bool)
+            lambda: Longformer(16).encode(
+                torch.randn(1, 2, 16), Positions.range(1, 0, 2), torch.zeros(1, 3, dtype=torch.bool)
             ),
             r"marked must have shape \(B=1, T=2\)",
         ),
         (
-            lambda: Longformer(12).encode(
-                torch.randn(1, 2, 12), Positions.range(1, 1, 3), torch.ones(1, 2, dtype=torch.bool)
+            lambda: Longformer(16).encode(
+                torch.randn(1, 2, 16), Positions.range(1, 1, 3), torch.ones(1, 2, dtype=torch.bool)
             ),
             "need rows that start at position 0",
         ),

@@ -262,9 +262,9 @@ def test_a_strided_step_reads_the_window_and_the_stride_only(monkeypatch):
             "width=30 must be a positive multiple of columns=16; nearest is 32",
         ),
         (lambda: Axial(8, axis=2), r"axis must be 0 \(columns\) or 1 \(rows\)"),
-        (lambda: BigBird(12, block=0), "block must be at least 1, the others 0"),
+        (lambda: BigBird(16, block=0), "block must be at least 1, the others 0"),
         (
-            lambda: BigBird(12)(torch.randn(1, 2, 12), Positions.range(1, 0, 2)),
+            lambda: BigBird(16)(torch.randn(1, 2, 16), Positions.range(1, 0, 2)),
             "reads keys after the query, so it cannot decode: use encode",
         ),
     ],

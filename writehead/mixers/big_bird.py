@@ -24,7 +24,7 @@ class BigBird(ByLength):
         self,
         dim: int,
         *,
-        heads: int = 12,
+        heads: int = 8,
         kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: str = "qkv",

@@ -30,7 +30,7 @@ class BlockBERT(ByLength):
         self,
         dim: int,
         *,
-        heads: int = 12,
+        heads: int = 8,
         kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: str = "all",

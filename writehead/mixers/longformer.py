@@ -71,7 +71,7 @@ class Longformer(Softmax):
         self,
         dim: int,
         *,
-        heads: int = 12,
+        heads: int = 8,
         kv_heads: int | None = None,
         head_dim: int | None = None,
         bias: str = "qkv",
