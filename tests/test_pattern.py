@@ -9,25 +9,69 @@ from writehead.core.cache import Layout, Store
 from writehead.core.pattern import (
     PATTERNS,
     And,
+    Axis,
+    Block,
+    Blocks,
     Causal,
+    Columns,
+    Dilated,
+    Fixed,
     Full,
+    Image1D,
+    Image2D,
     Leading,
     Or,
     Pattern,
     PerHead,
+    Random,
     Reach,
+    Readers,
+    Span,
+    Strided,
     Window,
     from_spec,
     to_spec,
 )
 
 N = 24  # positions looked at
-SIMPLE = st.one_of(
+PLAIN = st.one_of(
     st.just(Full()),
     st.just(Causal()),
     st.builds(Window, st.integers(1, 9), st.integers(0, 3)),
     st.builds(Leading, st.integers(1, 6)),
 )
+small = st.integers
+FIXED = st.builds(
+    lambda c, parts, part, rest: Fixed(c * parts + rest, c, part % parts),
+    small(1, 2),
+    small(1, 3),
+    small(0, 2),
+    small(0, 3),
+)
+SPARSE = st.one_of(
+    st.builds(Readers, small(1, 5), small(0, 9)),
+    st.builds(Span, small(0, 20), small(1, 4)),
+    st.builds(Blocks, small(1, 5), small(0, 2), small(0, 2)),
+    st.builds(Strided, small(1, 7)),
+    FIXED,
+    st.builds(Dilated, small(1, 4), small(1, 4), small(0, 2)),
+    st.builds(Block, small(1, 7), small(0, 2)),
+    st.builds(
+        lambda size, blocks: Block(size, blocks_read=tuple(blocks)), small(1, 5), st.permutations(range(3))
+    ),
+    st.builds(Axis, small(1, 5), small(1, 6), small(0, 1)),
+    st.builds(Random, small(1, 4), small(1, 2), small(0, 9), small(0, 1), st.sampled_from([0, 4, 8])),
+    st.builds(Image1D, small(1, 6), small(0, 7)),
+    st.builds(
+        lambda n, w, r, a, b: Image2D(n * w, r, w, a, b),
+        small(1, 3),
+        small(1, 3),
+        small(1, 3),
+        small(0, 4),
+        small(0, 4),
+    ),
+)
+SIMPLE = PLAIN | SPARSE
 FREE = st.recursive(SIMPLE, lambda p: st.one_of(st.builds(And, p, p), st.builds(Or, p, p)), max_leaves=5)
 HEADED = st.builds(lambda *p: PerHead(p), FREE, FREE, FREE)
 ANY = st.one_of(FREE, HEADED, st.builds(And, HEADED, FREE), st.builds(Or, HEADED, HEADED))
@@ -58,13 +102,17 @@ def listable(pattern: Pattern) -> bool:
         return listable(pattern.a) or listable(pattern.b)
     if isinstance(pattern, Or):
         return listable(pattern.a) and listable(pattern.b)
-    return all(map(listable, pattern.patterns)) if isinstance(pattern, PerHead) else pattern != Full()
+    return (
+        all(map(listable, pattern.patterns))
+        if isinstance(pattern, PerHead)
+        else not isinstance(pattern, Full | Readers)
+    )
 
 
 @given(ANY)
 def test_keys_lists_each_key_that_some_head_reads_once(pattern):
     if not listable(pattern):
-        with pytest.raises(ValueError, match="Full has no finite list of keys"):
+        with pytest.raises(ValueError, match="has no finite list of keys"):
             pattern.keys(torch.arange(N))
         return
     keys = pattern.keys(torch.arange(N))
@@ -81,9 +129,47 @@ def test_needed_and_reach_keep_every_key_that_a_later_query_reads(pattern):
     q, k, t = torch.meshgrid(torch.arange(N), torch.arange(N), torch.arange(N), indexing="ij")
     read_later = right[q, k] & (q >= t)
     assert bool((pattern.needed(k, t) | ~read_later).all())
-    lead, window = pattern.reach
+    lead, window, columns = pattern.reach
     if window is not None:
-        assert torch.equal(pattern.needed(k, t), (k < lead) | (t - k < window))
+        kept = torch.zeros_like(k, dtype=torch.bool) if columns is None else columns.holds(k)
+        assert torch.equal(pattern.needed(k, t), (k < lead) | (t - k < window) | kept)
+
+
+@given(ANY, st.integers(1, 7))
+def test_no_tile_outside_of_the_block_layout_has_a_pair(pattern, size):
+    grid = pattern.blocks(N, size)
+    right = dense(pattern)
+    for head, plane in enumerate(right):
+        q, k = plane.nonzero().unbind(1)
+        assert bool(grid[head if len(grid) > 1 else 0, q // size, k // size].all())
+
+
+@given(st.one_of(PLAIN, SPARSE), st.integers(1, 7))
+def test_the_block_layout_of_a_pattern_without_parts_is_exact(pattern, size):
+    if isinstance(pattern, Image2D | Axis):  # these two bound a tile by its farthest keys
+        return
+    grid, (plane,) = pattern.blocks(N, size)[0], dense(pattern)
+    q, k = plane.nonzero().unbind(1)
+    right = torch.zeros_like(grid)
+    right[q // size, k // size] = True
+    if isinstance(pattern, Block) and pattern.back:  # a tile over several blocks may pair the wrong two
+        assert bool((grid | ~right).all())
+    else:
+        assert torch.equal(grid, right)
+
+
+@given(ANY)
+def test_flex_attention_takes_the_same_pairs(pattern):
+    from torch.nn.attention.flex_attention import create_mask
+
+    mask = create_mask(pattern.mask_mod(), 1, pattern.heads, N, N, device="cpu")[0]
+    assert torch.equal(mask, dense(pattern).expand_as(mask))
+
+
+@given(HEADED)
+def test_the_heads_of_a_combination_are_the_combined_heads(pattern):
+    both = pattern & (Window(5) | Leading(2))
+    assert torch.equal(dense(both), torch.cat([dense(both.head(h)) for h in range(3)]))
 
 
 @given(ANY, st.integers(0, 4))
@@ -178,6 +264,27 @@ def test_sinks_are_the_first_keys_and_the_window_but_nothing_later():
         (Causal() & Leading(3), Reach(3, 0)),
         (PerHead((Window(4), Window(9) | Leading(2))), Reach(2, 9)),
         (PerHead((Window(4), Causal())), Reach(0, None)),
+        (Strided(4), Reach(0, None)),
+        (Strided(4) & Window(9), Reach(0, 9)),
+        (Fixed(8, 2), Reach(0, 0, Columns(8, 6, 2))),
+        (Causal() & Fixed(8, 2), Reach(0, 0, Columns(8, 6, 2))),
+        (Fixed(8, 2, part=1) | Window(8), Reach(0, 8, Columns(8, 4, 2))),
+        (Fixed(8, 2) | Fixed(8, 2, part=1), Reach(0, 0, Columns(8, 4, 4))),
+        (Fixed(8, 2) | Fixed(6, 2), Reach(0, None)),
+        (Fixed(8, 2) & Window(5), Reach(0, 5)),
+        (Dilated(3, 4), Reach(0, 9)),
+        (Causal() & Block(6), Reach(0, 6)),
+        (Causal() & Block(6, back=2), Reach(0, 18)),
+        (Block(6, blocks_read=(2, 0, 1)), Reach(0, 12)),
+        (Axis(5, 4, 0), Reach(0, 17)),
+        (Axis(5, 4, 1), Reach(0, 4)),
+        (Readers(3), Reach(0, 3)),
+        (Readers(3, start=4), Reach(0, 7)),
+        (Span(4, 3), Reach(7, 0)),
+        (Blocks(4, 2, 1), Reach(0, 12)),
+        (Random(4, 2), Reach(0, None)),
+        (Image1D(4, 6), Reach(0, 10)),
+        (Image2D(32, 4, 8, 4, 8), Reach(0, 32 * 4 + 4 * (8 + 8))),
     ],
 )
 def test_reach_is_as_tight_as_the_pattern_allows(pattern, reach):
@@ -223,6 +330,29 @@ def test_reprs_read_as_they_are_written():
         ),
         (lambda: Window(3, -1), r"nearest is Window\(3, 0\)"),
         (lambda: Leading(0), r"Leading\(0\): count must be at least 1"),
+        (lambda: Readers(0), "count must be at least 1"),
+        (lambda: Span(-1, 2), "start must be at least 0, count at least 1"),
+        (lambda: Blocks(4, -1), "before and after must be at least 0"),
+        (lambda: Strided(0), r"Strided\(stride=0\): stride must be at least 1"),
+        (lambda: Fixed(8, 3, 2), r"part=2\): a block has parts 0 to 1"),
+        (lambda: Dilated(0, 2), "window must be at least 1"),
+        (lambda: Dilated(2, 2, -1), "after must be at least 0"),
+        (lambda: Block(4, 1, (1, 0)), "back must be at least 0, and 0 where an order is given"),
+        (lambda: Block(4, blocks_read=(1, 1)), "it must hold each of 0 to 1 once"),
+        (lambda: Axis(4, 4, 2), r"axis must be 0 \(columns\) or 1 \(rows\)"),
+        (lambda: Random(0, 1), "size and count must be at least 1"),
+        (lambda: Image1D(0, 1), "block must be at least 1"),
+        (lambda: Image2D(8, 0, 4, 1, 1), "rows and columns must be at least 1"),
+        (lambda: Image2D(9, 2, 4, 1, 1), "width=9 must be a positive multiple of columns=4; nearest is 8"),
+        (lambda: Readers(3).keys(torch.arange(3)), "Readers has no finite list of keys"),
+        (
+            lambda: from_spec({"name": "block", "size": 3, "blocks_read": ["1"]}),
+            "'blocks_read' of pattern 'block' must be int; got '1'",
+        ),
+        (
+            lambda: from_spec({"name": "block", "size": 3, "blocks_read": 2}),
+            "must be a list of whole numbers",
+        ),
         (lambda: PerHead((Causal(),)), "one head-free pattern for each of two or more heads"),
         (lambda: PerHead((Causal(), PerHead((Causal(), Full())))), "one head-free pattern for each"),
         (

@@ -279,6 +279,51 @@ def evidence_command(
         typer.echo(text)
 
 
+@command.command("scaling")
+def scaling_command(
+    only: Annotated[list[str] | None, typer.Option(help="Subjects to run; repeat for several.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=16, help="Lengths; default 4096 16384 65536.")
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each cell; the fastest counts.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Folder for scaling.json and scaling.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Time and memory of one attention layer against the length, with the slopes of their curves."""
+    from writehead.bench import scaling
+    from writehead.bench.measure import write_record
+    from writehead.cli.output import console, print_json
+    from writehead.cli.tables import scaling_table
+    from writehead.core.shapes import check_choice
+
+    for name in only or ():
+        check_choice("subject", name, scaling.SUBJECTS)
+    lengths = sorted(tokens or (4096, 16384, 65536))
+    cells = scaling.scaling(
+        only or scaling.SUBJECTS,
+        lengths,
+        heads=heads,
+        head_dim=head_dim,
+        threads=threads,
+        rounds=rounds,
+        say=_say,
+    )
+    _say("")
+    results = {"cells": cells, "slopes": scaling.slopes(cells)}
+    if as_json:
+        print_json(_plain(results))
+    else:
+        console().print(scaling_table(cells))
+    if out is not None:
+        shape = {"heads": heads, "head_dim": head_dim, "threads": threads, "rounds": rounds}
+        write_record(out / "scaling.json", "scaling", results, shape, seed=0)
+        scaling.scaling_plot(cells, out / "scaling.png")
+        typer.echo(f"written: {out / 'scaling.json'} and its plot", err=True)
+
+
 @command.command("quality")
 def quality_command(
     text: Annotated[Path, typer.Argument(help="A text file, .gz or plain, such as WikiText's.")],

@@ -80,11 +80,15 @@ def look(mixer: nn.Module, length: int, dim: int, heads: int = 1) -> Picture:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     x = torch.randn(length, dim, dtype=torch.float64)
     planes = torch.cat([_reach(mixer, x, rows, heads) for rows in torch.arange(length).split(PIECE)], 1)
-    pattern = getattr(mixer, "pattern", None)
+    by_length: Any = getattr(mixer, "pattern_for", None)
+    pattern = getattr(mixer, "pattern", None) if by_length is None else by_length(length)
     if pattern is None or hasattr(mixer, "remember"):
         return Picture(planes, None, "")
     index = Positions.range(1, 0, length).index
     stated = pattern.mask(index, index)[0].expand(len(planes), -1, -1)
+    # a query that weighs two keys against each other depends on its own token, whether it reads it or not
+    weighs = stated.sum(-1, keepdim=True) > 1
+    stated = stated | (weighs & torch.eye(length, dtype=torch.bool))
     return Picture(planes, stated, str(pattern))
 
 

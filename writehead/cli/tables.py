@@ -11,6 +11,7 @@ from writehead.bench.kernels import Row as Product
 from writehead.bench.neighbour import Beside
 from writehead.bench.plots import all_heads
 from writehead.bench.quality import Quality
+from writehead.bench.scaling import Growth, slopes
 from writehead.cli.output import size, table
 
 
@@ -95,4 +96,19 @@ def kernels_table(rows: Sequence[Product]) -> Table:
         read = f"{row.weight_bytes / seconds / 1e9:.1f}"
         where = (f"{row.n} x {row.k}", str(row.rows), row.name)
         grid.add_row(*where, f"{seconds * 1e6:.0f}", read, f"{row.share:.0%}", f"{row.rate / 1e9:.0f}")
+    return grid
+
+
+def scaling_table(cells: Sequence[Growth]) -> Table:
+    """Seconds and memory of each subject at each length; the last line of each has the slopes."""
+    grid = table("attention", "tokens", "forward s", "with backward s", "peak memory")
+    for name, found in slopes(cells).items():
+        for cell in (c for c in cells if c.name == name):
+            if cell.error:
+                grid.add_row(name, str(cell.tokens), "failed", cell.error[:40], "")
+                continue
+            seconds = (f"{cell.forward_s:.3g}", f"{cell.both_s:.3g}")
+            grid.add_row(name, str(cell.tokens), *seconds, size(cell.peak_bytes))
+        both = f"{found['both_s']:.2f} (theory {found['theory']:g})"
+        grid.add_row("", "slope", f"{found['forward_s']:.2f}", both, f"{found['peak_bytes']:.2f}")
     return grid

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from writehead.core.pattern import Reach
+from writehead.core.pattern import Columns, Reach
 from writehead.core.positions import Positions
 from writehead.core.state import CannotRewind, Node, Once, State
 
@@ -46,40 +46,68 @@ class Store:
 
 
 class Layout(NamedTuple):
-    """Which slot a position takes, and how many slots there are."""
+    """Which slot a position takes, and how many slots there are.
+
+    The first `lead` positions have slots of their own, then comes a ring for what a window reads, then the
+    columns, which are kept for ever.
+    """
 
     lead: int
     window: int | None
     slack: int
+    columns: Columns | None = None
 
     @classmethod
     def of(cls, reach: Reach, store: "Store") -> "Layout":
         """The layout that keeps what the pattern's reach says, and the store's slack."""
         if reach.window is None:
             return cls(0, None, 0)
-        return cls(
-            reach.lead, max(1, reach.window), store.slack
-        )  # a ring has a slot, also if nothing is read
+        # a ring has a slot, also if nothing is read
+        return cls(reach.lead, max(1, reach.window), store.slack, reach.columns)
+
+    @property
+    def ring(self) -> int:
+        """Slots of the ring: the most positions, other than columns, among window + slack successive ones."""
+        assert self.window is not None
+        run = self.window + self.slack
+        if self.columns is None:
+            return run
+        others = self.columns.stride - self.columns.width
+        periods, rest = divmod(run, self.columns.stride)
+        return max(1, periods * others + min(rest, others))
 
     @property
     def limit(self) -> int | None:
-        """The most slots a row can fill; None = as many as tokens."""
-        return None if self.window is None else self.lead + self.window + self.slack
+        """The most slots a row can fill; None = ever more."""
+        return None if self.window is None or self.columns is not None else self.lead + self.ring
 
     def slot(self, pos: Tensor) -> Tensor:
         """The slot of each position >= 0."""
         if self.window is None:
             return pos
-        return torch.where(pos < self.lead, pos, self.lead + (pos - self.lead) % (self.window + self.slack))
+        if self.columns is None:
+            return torch.where(pos < self.lead, pos, self.lead + (pos - self.lead) % self.ring)
+        before = self.columns.before(pos)
+        column, other = self.lead + self.ring + before, self.lead + (pos - before) % self.ring
+        kept = torch.where(self.columns.holds(pos), column, other)
+        return torch.where(pos < self.lead, pos, kept)
+
+    def used(self, context: int) -> int:
+        """Slots up to the last one in use after `context` tokens."""
+        if self.window is None:
+            return context
+        count = 0 if self.columns is None else int(self.columns.before(torch.tensor(context)))
+        return self.lead + self.ring + count if count else min(context, self.lead + self.ring)
 
     def slots(self, context: int, capacity: int = 0) -> int:
         """Slots allocated once `context` tokens were written to a cache created with `capacity`."""
-        limit = context + capacity if self.limit is None else self.limit
-        first, used = min(capacity, limit), min(context, limit)
-        if used <= first:
-            return first
-        grown = max(SMALLEST, 1 << (used - 1).bit_length())
-        return grown if self.limit is None else min(grown, self.limit)
+        used, first = self.used(context), self.used(capacity)
+        return first if used <= first else self.grown(used)
+
+    def grown(self, used: int) -> int:
+        """Slots of a cache that was enlarged because it needed `used`."""
+        slots = max(SMALLEST, 1 << (used - 1).bit_length())
+        return slots if self.limit is None else min(slots, self.limit)
 
 
 class Keys(NamedTuple):
@@ -227,20 +255,24 @@ def _plan(pos: Positions, kept: Tensor, used: int, layout: Layout) -> Plan:
     run, at = None, None
     if start is not None:
         first, last = (int(layout.slot(torch.tensor(p))) for p in (start, start + T - 1))
-        run = (first, last + 1) if last - first == T - 1 else None
+        in_a_run = last - first == T - 1 and (layout.columns is None or T == 1)
+        run = (first, last + 1) if in_a_run else None
     if run is not None:
         top = run[1]
     else:
         stays = index >= 0
         if layout.window is not None:
             newest = index.amax(1, keepdim=True)
-            stays &= (index < layout.lead) | (index > newest - layout.window - layout.slack)
+            recent = index > newest - layout.window - layout.slack
+            stays &= (index < layout.lead) | recent
+            if layout.columns is not None:
+                stays |= layout.columns.holds(index) & (index >= 0)
         row, token = stays.nonzero(as_tuple=True)
         at = (row, token, layout.slot(index)[row, token])
         top = int(at[2].max()) + 1 if len(row) else 0
     used = max(used, top)
     have = kept.shape[1]
-    after = F.pad(kept, (0, layout.slots(used) - have), value=-1) if used > have else kept.clone()
+    after = F.pad(kept, (0, layout.grown(used) - have), value=-1) if used > have else kept.clone()
     if run is not None:
         after[:, run[0] : run[1]] = index
     elif at is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from writehead.core.cache import Layout, Store
-from writehead.core.pattern import Full, Pattern, PerHead
+from writehead.core.pattern import Causal, Full, Pattern
 
 ROWS = 256  # queries that are looked at together when the pairs of a pattern are counted
 
@@ -95,13 +95,27 @@ def products(*modules: nn.Module) -> int:
 def scores(pattern: Pattern, heads: int, call: Call) -> int:
     """Scores that a call computes: (query, key) pairs of all rows and query heads.
 
-    A causal query reads the slots that the cache then holds; the pairs of other patterns are counted.
+    A causal query reads the slots that the cache then holds, or the keys of its pattern where the cache grows
+    and the pattern leaves some out; the pairs of other patterns are counted.
     """
     if not pattern.causal:
-        return call.batch * heads * _allowed(pattern, call.tokens) // (pattern.heads or 1)
-    limit = Layout.of(pattern.reach, call.store).limit
+        return call.batch * heads * _allowed(pattern, 0, call.tokens) // (pattern.heads or 1)
     after = call.context + call.tokens
+    layout = Layout.of(pattern.reach, call.store)
+    if layout.columns is not None or (layout.window is None and pattern != Causal()):
+        pairs = _allowed(pattern, call.context, after)
+        return call.batch * heads * pairs // (pattern.heads or 1)
+    limit = layout.limit
     return call.batch * heads * (_capped_sum(after, limit) - _capped_sum(call.context, limit))
+
+
+def slots_read(pattern: Pattern, call: Call) -> int:
+    """Slots of the past that the call's queries read, of one row."""
+    layout = Layout.of(pattern.reach, call.store)
+    if call.tokens == 1 and layout.window is None and pattern != Causal():
+        keys = pattern.keys(torch.tensor([call.context]))
+        return max(0, int((keys >= 0).sum()) - 1)
+    return layout.used(call.context)
 
 
 def _capped_sum(n: int, limit: int | None) -> int:
@@ -110,17 +124,17 @@ def _capped_sum(n: int, limit: int | None) -> int:
     return rising * (rising + 1) // 2 + (n - rising) * (limit or 0)
 
 
-def _allowed(pattern: Pattern, tokens: int) -> int:
-    """Pairs of a pattern over a whole sequence, of all the heads that it tells apart."""
-    if isinstance(pattern, PerHead):
-        return sum(_allowed(one, tokens) for one in pattern.patterns)
-    if isinstance(pattern, Full):
-        return tokens**2
+def _allowed(pattern: Pattern, start: int, stop: int) -> int:
+    """Pairs of the queries start .. stop - 1 with keys before `stop`, of all the heads told apart."""
     if pattern.heads is not None:
-        index = torch.arange(tokens)[None]
-        return sum(int(pattern.mask(rows, index).sum()) for rows in index.split(ROWS, 1))
+        return sum(_allowed(pattern.head(h), start, stop) for h in range(pattern.heads))
+    if isinstance(pattern, Full):
+        return (stop - start) * stop
     count = 0
-    for rows in torch.arange(tokens).split(ROWS):
-        keys = pattern.keys(rows)
-        count += int(((keys >= 0) & (keys < tokens)).sum())
+    for rows in torch.arange(start, stop).split(ROWS):
+        try:
+            keys = pattern.keys(rows)
+            count += int(((keys >= 0) & (keys < stop)).sum())
+        except ValueError:  # a pattern without a list of keys
+            count += int(pattern.allows(rows[:, None], torch.arange(stop)).sum())
     return count

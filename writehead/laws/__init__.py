@@ -37,6 +37,12 @@ TINY: Mapping[str, Any] = {
     "compressed": 5,
     "chunk": 4,
     "rank": 2,
+    "stride": 6,
+    "columns": 2,
+    "block": 4,
+    "image_width": 8,
+    "patch": [2, 4],
+    "margin": [2, 4],
 }  # a row's arguments when `check_row` builds it, at any depth
 
 

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from writehead.core.bind import Of, itself
 from writehead.core.cache import KV, Keys, Layout, Store, append, empty, state_bytes
 from writehead.core.heads import QKV
-from writehead.core.pattern import Causal, Pattern, from_spec
+from writehead.core.pattern import Causal, Full, Pattern, from_spec
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice, check_shape
-from writehead.core.work import Call, Work, products, scores, values
+from writehead.core.work import Call, Work, products, scores, slots_read, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.attend import attend
+from writehead.ops.blocks import Bias
+from writehead.ops.whole import attend_whole, pays
 from writehead.positions.base import NoPosition, Scheme, has
 
 SCORES = 1 << 20  # a masked or biased call goes over its queries in pieces of about so many scores a head
@@ -86,13 +88,13 @@ class Softmax(nn.Module):
 
     def work(self, call: Call) -> Work:
         D, slot = self.qkv.head_dim, call.batch * call.slot_bytes(self.qkv.kv_heads, 2 * self.qkv.head_dim)
-        limit = Layout.of(self.pattern.reach, call.store).limit
-        past, new = (n if limit is None else min(n, limit) for n in (call.context, call.tokens))
+        pattern = self.pattern_for(call.tokens)
+        new = Layout.of(pattern.reach, call.store).used(call.tokens)
         return Work(
             flops=2 * call.rows * products(self.qkv, self.out)
-            + 2 * 2 * D * scores(self.pattern, self.qkv.heads, call),
+            + 2 * 2 * D * scores(pattern, self.qkv.heads, call),
             weights=values(self.qkv, self.out),
-            state_read=past * slot,
+            state_read=slots_read(pattern, call) * slot,
             state_written=new * slot,
         )
 
@@ -101,7 +103,8 @@ class Softmax(nn.Module):
             raise ValueError(
                 f"pattern {self.pattern} reads keys after the query, so it cannot decode: use encode"
             )
-        project, attend_to, out, start = self._project(of), self._attend(), of(self.out), self.init_state
+        project, attend_to = self._project(of), self._attend(self.pattern)
+        out, start = of(self.out), self.init_state
 
         def run(x: Tensor, pos: Positions, state: KV | None = None) -> tuple[Tensor, KV, Aux]:
             q, k, v = project(x, pos)
@@ -115,11 +118,17 @@ class Softmax(nn.Module):
 
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         q, k, v = self._project(itself)(x, pos)
-        y = self._attend()(q, Keys(k, v, pos.index), pos)
+        y = self._attend(self.pattern)(q, Keys(k, v, pos.index), pos)
         return self.out(y.flatten(2)), NOTHING
 
-    def _project(self, of: Of) -> Callable[[Tensor, Positions], tuple[Tensor, Tensor, Tensor]]:
-        qkv, H, G, X = of(self.qkv), self.qkv.heads, self.qkv.kv_heads, self.qkv.weight.shape[1]
+    def pattern_for(self, length: int) -> Pattern:
+        """Who may read whom in a sequence of `length` tokens."""
+        return self.pattern
+
+    def _project(
+        self, of: Of, module: QKV | None = None
+    ) -> Callable[[Tensor, Positions], tuple[Tensor, Tensor, Tensor]]:
+        qkv, H, G, X = of(module or self.qkv), self.qkv.heads, self.qkv.kv_heads, self.qkv.weight.shape[1]
         scheme = self.position
         infuse, rotate = scheme.infuse if has(scheme, "infuse") else None, scheme.rotate
         turns, ends = has(scheme, "rotate"), scheme.max_context is not None
@@ -136,19 +145,48 @@ class Softmax(nn.Module):
 
         return run
 
-    def _attend(self) -> Callable[[Tensor, Keys, Positions], Tensor]:
-        pattern, scale, score_bias = self.pattern, self.scale, self.position.bias if self.biased else None
+    def _attend(self, pattern: Pattern) -> Callable[[Tensor, Keys, Positions], Tensor]:
+        scale, score_bias = self.scale, self.position.bias if self.biased else None
+        plain = pattern in (Causal(), Full()) and not self.biased
+        gaps = pattern.causal and pattern.reach.window is None and pattern != Causal()
+        wanted = tuple(self.position.parameters()) if self.biased else ()
+        bias = None if score_bias is None else Bias(score_bias, wanted, self.position.relative)
 
         def run(q: Tensor, keys: Keys, pos: Positions) -> Tensor:
+            if not plain and keys.pos is pos.index and pays(pattern, q.shape[1], bias is not None):
+                return attend_whole(q, keys.k, keys.v, pos, pattern, bias=bias, scale=scale)
+            if gaps and q.shape[1] == 1 and keys.pos is not pos.index:
+                keys = _picked(keys, pos, pattern)
             pieces = []
             for view in pos.once(_views, pos, keys.pos, pattern, score_bias is not None):
                 t, s = view.queries, view.keys
-                bias = None if score_bias is None else pos.once(score_bias, view.q, view.k, q.dtype)
+                added = None if score_bias is None else pos.once(score_bias, view.q, view.k, q.dtype)
                 part = (q, keys.k, keys.v) if view.whole else (q[:, t], keys.k[:, s], keys.v[:, s])
-                pieces.append(attend(*part, mask=view.mask, bias=bias, causal=view.causal, scale=scale)[0])
+                pieces.append(attend(*part, mask=view.mask, bias=added, causal=view.causal, scale=scale)[0])
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
         return run
+
+
+class ByLength(Softmax):
+    """Softmax attention of an encoder whose pattern depends on how long a row is."""
+
+    def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
+        q, k, v = self._project(itself)(x, pos)
+        groups = pos.once(_lengths, pos.index)
+        sets: dict[Pattern, list[int]] = {}
+        for row, length in enumerate(groups):
+            sets.setdefault(self.pattern_for(length), []).append(row)
+        if len(sets) == 1:
+            y = self._attend(next(iter(sets)))(q, Keys(k, v, pos.index), pos)
+            return self.out(y.flatten(2)), NOTHING
+        pieces, order = [], []
+        for pattern, rows in sets.items():
+            own = Positions(pos.index[rows])
+            pieces.append(self._attend(pattern)(q[rows], Keys(k[rows], v[rows], own.index), own))
+            order += rows
+        y = torch.cat(pieces)[torch.tensor(order).argsort()]
+        return self.out(y.flatten(2)), NOTHING
 
 
 class View(NamedTuple):
@@ -197,3 +235,30 @@ def _readable(q: Tensor, k_pos: Tensor, pattern: Pattern) -> slice:
         keep &= k_pos <= real.max()
     slots = keep.any(0).nonzero()
     return slice(int(slots[0]), int(slots[-1]) + 1) if len(slots) else slice(0, 0)
+
+
+def _picked(keys: Keys, pos: Positions, pattern: Pattern) -> Keys:
+    """The slots that one new token a row reads, out of a cache whose slots are positions."""
+    at = pos.once(_reads, pos.index, keys.pos, pattern)
+    if at is None:
+        return keys
+    slot, places = at
+    index = slot[..., None, None]
+    k, v = (t.gather(1, index.expand(-1, -1, *t.shape[2:])) for t in (keys.k, keys.v))
+    return Keys(k, v, places)
+
+
+def _reads(q: Tensor, k_pos: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor] | None:
+    """The slots read (B, K) and the positions in them, or None if that is most of the cache."""
+    k = pattern.keys(q[:, 0].clamp_min(0))
+    k = k[:, (k >= 0).any(0)]
+    if 2 * k.shape[1] > k_pos.shape[1]:
+        return None
+    slot = k.clamp(0, k_pos.shape[1] - 1)
+    return slot, torch.where((k >= 0) & (q >= 0), k_pos.gather(1, slot), -1)
+
+
+def _lengths(index: Tensor) -> list[int]:
+    """Of each row: one more than its last position, at least 1."""
+    lengths: list[int] = (index.amax(1) + 1).clamp_min(1).tolist()
+    return lengths

@@ -34,6 +34,8 @@ def slopes(heads: int) -> list[float]:
 class ALiBi(Scheme):
     """The linear bias; its slopes are constants, not parameters."""
 
+    relative = True
+
     def __init__(self, heads: int, *, slopes_of_heads: list[float] | None = None) -> None:
         """Make the bias.
 

@@ -21,9 +21,11 @@ class Scheme(nn.Module):
 
     Attributes:
         max_context: the first position that does not exist; None = any position.
+        relative: its bias depends on the distance of query and key only.
     """
 
     max_context: int | None = None
+    relative: bool = False
 
     def __init__(self) -> None:
         super().__init__()

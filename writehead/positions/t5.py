@@ -39,6 +39,8 @@ def bucket_table(buckets: int, max_distance: int) -> list[int]:
 class T5Bias(Scheme):
     """One table for all layers of a stack."""
 
+    relative = True
+
     def __init__(
         self, heads: int, *, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False
     ) -> None:

@@ -1,0 +1,197 @@
+"""From a pattern to tiles: which pieces of the score matrix block-sparse attention computes, in which order.
+
+A union of patterns is cut into parts that want the same order of tokens: strides lie contiguously once the
+tokens are the columns of a matrix, and summary columns once the other keys are left out. A pair that several
+parts have belongs to the first of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from writehead.core.pattern.base import And, Or, Order, Pattern
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """A run of queries and the keys that some of them read.
+
+    Attributes:
+        start, stop: the queries, as places in their order.
+        runs: the keys, as runs of places in theirs.
+        masks: for each block of keys which pairs are allowed, (queries, keys) bool, or None = all.
+        widths: keys of each block.
+    """
+
+    start: int
+    stop: int
+    runs: tuple[tuple[int, int], ...]
+    masks: tuple[Tensor | None, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def cells(self) -> int:
+        """Scores computed."""
+        return (self.stop - self.start) * sum(b - a for a, b in self.runs)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Tiles over one order of the tokens.
+
+    Attributes:
+        queries, keys: the position of each place, -1 = nothing there; None = the natural order.
+        tiles: the pieces.
+    """
+
+    queries: Tensor | None
+    keys: Tensor | None
+    tiles: tuple[Tile, ...]
+
+    def positions(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """The positions of a tile's queries and keys."""
+        return _at(self.queries, tile.start, tile.stop), torch.cat(
+            [_at(self.keys, *run) for run in tile.runs]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All parts of a pattern over a sequence of `length` tokens."""
+
+    length: int
+    parts: tuple[Part, ...]
+
+    @property
+    def density(self) -> float:
+        """Scores computed, as a share of all pairs."""
+        return sum(tile.cells for part in self.parts for tile in part.tiles) / max(1, self.length**2)
+
+
+def parts_of(pattern: Pattern) -> dict[Order, Pattern]:
+    """A head-free pattern as a union of patterns of one order each, the natural one first."""
+    found: dict[Order, Pattern] = {}
+    for order, part in sorted(_leaves(pattern), key=lambda leaf: leaf[0] != Order()):
+        found[order] = found[order] | part if order in found else part
+    return found
+
+
+def _leaves(pattern: Pattern) -> Iterator[tuple[Order, Pattern]]:
+    if isinstance(pattern, Or):
+        yield from _leaves(pattern.a)
+        yield from _leaves(pattern.b)
+    elif isinstance(pattern, And):
+        a, b = list(_leaves(pattern.a)), list(_leaves(pattern.b))
+        if all(order == Order() for order, _ in (*a, *b)):
+            yield Order(), pattern
+            return
+        for _, left in a:
+            for _, right in b:
+                yield (left & right).order, left & right
+    else:
+        yield pattern.order, pattern
+
+
+def estimate(pattern: Pattern, length: int, size: int) -> float:
+    """The share of all pairs that tiles of `size` would compute, without making them."""
+    cells = 0
+    for order, part in parts_of(pattern).items():
+        _, _, grid = _grid(part, order, length, size)
+        cells += int(grid.sum()) * size * size
+    return cells / max(1, length**2)
+
+
+@lru_cache(maxsize=64)
+def plan(pattern: Pattern, length: int, size: int) -> Plan:
+    """The tiles of a head-free pattern.
+
+    Args:
+        pattern: who may read whom.
+        length: tokens T, standing at positions 0 to T - 1.
+        size: queries and keys of a block.
+    """
+    parts, earlier = [], None
+    known: dict[bytes, Tensor] = {}
+    for order, part in parts_of(pattern).items():
+        queries, keys, grid = _grid(part, order, length, size)
+        tiles = []
+        for i, row in enumerate(grid):
+            blocks = row.nonzero().flatten()
+            tile = _tile(part, earlier, queries, keys, i * size, blocks, length, size, known)
+            tiles += [] if tile is None else [tile]
+        parts.append(Part(queries, keys, tuple(tiles)))
+        earlier = part if earlier is None else earlier | part
+    return Plan(length, tuple(parts))
+
+
+def _grid(part: Pattern, order: Order, length: int, size: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The position of each place of queries and keys, and which blocks of them meet."""
+    if order.stride > 1:
+        rows = -(-length // order.stride)
+        place = torch.arange(order.stride * rows)
+        at = place % rows * order.stride + place // rows
+        at = torch.where(at < length, at, -1)
+        first, last = _ends(len(place), size)
+        grid = part.folded(rows).tiles(first[:, None], last[:, None], first, last)
+        return at, at, grid.expand(len(first), len(first))
+    first, last = _ends(length, size)
+    if order.columns is None:
+        grid = part.tiles(first[:, None], last[:, None], first, last)
+        return None, None, grid.expand(len(first), len(first))
+    keys = torch.arange(length)
+    keys = keys[order.columns.holds(keys)]
+    k0, k1 = (keys[t] for t in _ends(len(keys), size))
+    grid = part.tiles(first[:, None], last[:, None], k0, k1)
+    return None, keys, grid.expand(len(first), len(k0))
+
+
+def _ends(count: int, size: int) -> tuple[Tensor, Tensor]:
+    first = torch.arange(0, count, size)
+    return first, (first + size - 1).clamp_max(count - 1)
+
+
+def _at(order: Tensor | None, start: int, stop: int) -> Tensor:
+    return torch.arange(start, stop) if order is None else order[start:stop]
+
+
+def _tile(
+    part: Pattern,
+    earlier: Pattern | None,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    start: int,
+    blocks: Tensor,
+    length: int,
+    size: int,
+    known: dict[bytes, Tensor],
+) -> Tile | None:
+    """The queries from `start` on and those of the blocks of keys that one of them reads."""
+    q = _at(queries, start, min(start + size, length if queries is None else len(queries)))
+    count = length if keys is None else len(keys)
+    runs: list[tuple[int, int]] = []
+    masks: list[Tensor | None] = []
+    widths = []
+    ends = [(block * size, min(block * size + size, count)) for block in blocks.tolist()]
+    if not ends:
+        return None
+    k = torch.cat([_at(keys, a, b) for a, b in ends])
+    allowed = part.allows(q[:, None], k) & (q >= 0)[:, None] & (k >= 0)
+    if earlier is not None:
+        allowed &= ~earlier.allows(q[:, None], k)
+    for (a, b), mask in zip(ends, allowed.split([b - a for a, b in ends], 1), strict=True):
+        if not bool(mask.any()):
+            continue
+        if runs and runs[-1][1] == a:
+            runs[-1] = (runs[-1][0], b)
+        else:
+            runs.append((a, b))
+        widths.append(b - a)
+        masks.append(None if bool(mask.all()) else known.setdefault(_name(mask), mask.clone()))
+    return Tile(start, start + len(q), tuple(runs), tuple(masks), tuple(widths)) if runs else None
+
+
+def _name(mask: Tensor) -> bytes:
+    return bytes(str(tuple(mask.shape)), "ascii") + mask.numpy().tobytes()
