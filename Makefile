@@ -42,7 +42,9 @@ lint: $(VENV)/.dev
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix . && $(VENV)/bin/mypy
 
 bench: $(VENV)/.dev
-	@$(RUN) -m writehead bench decode --peers --out benchmarks/results
+	@$(RUN) -m writehead bench decode --peers --dtype float32 --name decode-float32 --out benchmarks/results
+	@for type in bfloat16 int8 int4; do $(RUN) -m writehead bench decode --peers --no-grid \
+		--dtype $$type --name decode-$$type --out benchmarks/results || exit 1; done
 
 evidence: $(VENV)/.dev
 	@$(RUN) -m writehead bench evidence --data $(DATA) --out docs/evidence

@@ -103,7 +103,7 @@ def grid(
     for batch in batches:
         for context in contexts:
             say(f"{heads} heads, batch {batch}, context {context}")
-            call = Call(batch=batch, context=context)
+            call = Call(batch=batch, context=context, store=Store(capacity=context + steps))
             held = {kv: state_bytes(skeleton(shape), call) for kv, shape in shapes.items()}  # type: ignore[arg-type]
             free = available_memory()
             fits: list[int] = []
