@@ -21,7 +21,8 @@ from writehead.stacks.reversible import Reversible
 
 DIM, T = 16, 19
 CAUSAL = [name for name, row in MIXERS.items() if row.decodes != "encode" and name != "cross"]
-ENCODING = [name for name in MIXERS if hasattr(build_tiny(MIXERS[name], {"name": "none"}), "encode")]
+ENCODERS = {name: build_tiny(row, {"name": "none"}) for name, row in MIXERS.items()}
+ENCODING = [name for name, m in ENCODERS.items() if hasattr(m, "encode") and not hasattr(m, "streams")]
 
 
 def tiny(name, seed):
@@ -84,6 +85,13 @@ def test_gradients_equal_ordinary_backpropagation_for_every_causal_mixer(name):
 @pytest.mark.parametrize("name", ENCODING)
 def test_gradients_equal_ordinary_backpropagation_for_every_encoder(name):
     assert compare(make([tiny(name, seed) for seed in range(3)]), encode=True) < 1e-9
+
+
+def test_a_mixer_that_hands_something_on_beside_x_is_refused():
+    with pytest.raises(
+        ValueError, match="LunaEncoder hands on luna beside x, which a reversible stack cannot"
+    ):
+        make([tiny("luna_encoder", 0)])
 
 
 @pytest.mark.parametrize("output", ["mean", "concat"])

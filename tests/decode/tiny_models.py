@@ -57,8 +57,9 @@ def config(mixer: str = "gqa", position: str = "rotary", **values: Any) -> Model
     """A decoder of two layers."""
     takes = inspect.signature(load(MIXERS[mixer])).parameters
     spec = {"name": mixer, "heads": 4, **SMALL.get(mixer, {})}
-    if "position" not in takes and position in ("infused", "rotary", "alibi", "t5"):
-        position = "none"  # the mixer brings its own
+    brings = "position" not in takes or (mixer.startswith("sinkhorn") and position in ("alibi", "t5"))
+    if brings and position in ("infused", "rotary", "alibi", "t5"):
+        position = "none"  # the mixer brings its own, or takes no score bias
     scheme = {"name": position} | ({"max_context": 64} if position == "learned" else {})
     given = {"vocab": VOCAB, "dim": 16, "depth": 2, "mixer": spec, "position": scheme} | values
     return ModelConfig(feedforward={"name": "dense", "hidden": 24}, **given)
@@ -88,8 +89,8 @@ class Summing(nn.Module):
     def state_bytes(self, batch: int, context: int, itemsize: int, store: Any = None) -> int:
         return batch * self.out.in_features * itemsize
 
-    def forward(self, x: Tensor, pos: Positions, state: Tensor) -> tuple[Tensor, Tensor, Aux]:
-        sums = []
+    def forward(self, x: Tensor, pos: Positions, state: Tensor | None = None) -> tuple[Tensor, Tensor, Aux]:
+        sums, state = [], self.init_state(len(x), x) if state is None else state
         for t in range(x.shape[1]):
             state = torch.where(pos.valid[:, t, None], 0.7 * state + x[:, t], state)
             sums.append(state)

@@ -115,7 +115,7 @@ def test_a_line_with_a_stray_tab_or_a_missing_column_is_named(
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no .*nothing.txt.*; give a file, a folder, or 'stdlib'"):
+    with pytest.raises(ValueError, match=r"there is no '.*; give a file, a folder, or 'stdlib'"):
         files([str(tmp_path / "nothing.txt")])
     with pytest.raises(ValueError, match="holds no text files"):
         files([str(tmp_path)])

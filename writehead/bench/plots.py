@@ -8,7 +8,7 @@ from typing import Any
 from writehead.bench.decode import Row
 from writehead.bench.heads import Shared
 
-INK = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d6a9f")  # apart in grey, too
+INK = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#4d4d4d")  # apart in grey, too
 
 
 def decode_plot(rows: Sequence[Row], path: Path) -> None:

@@ -91,6 +91,11 @@ def choose(function: Callable[..., R], *args: Any) -> R:
         return function(*args)
 
 
+def taped() -> bool:
+    """Is this computed on behalf of a backward pass, whether autograd is on now (again) or not yet?"""
+    return _current.get() is not None
+
+
 def first_time() -> bool:
     """May side effects happen? Not while something is computed again."""
     tape = _current.get()

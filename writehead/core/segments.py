@@ -14,6 +14,7 @@ from torch import Tensor
 from writehead.core.cache import KV, Keys, append
 from writehead.core.pattern import Pattern, Reach
 from writehead.core.positions import Positions
+from writehead.core.replay import taped
 
 Project: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]  # (B, S, X) -> keys and values (B, S, G, D)
 
@@ -73,7 +74,7 @@ def remember(kv: KV, x: Tensor, pos: Positions, project: Project) -> tuple[KV, K
 def keep(kv: KV, x: Tensor, pos: Positions, project: Project) -> tuple[KV, Keys, Tensor | None]:
     """As `remember`, and the hidden states (B, S, X) of those keys where the memory keeps them."""
     hidden = kv.v.shape[-1] == 0
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or taped():
         if not hidden and kv.used == 0 and kv.k.dtype == x.dtype:
             slots = (x.new_zeros(len(x), 1, kv.pos.shape[1], width) for width in (x.shape[-1], 0))
             kv, hidden = replace(kv, k=next(slots), v=next(slots)), True

@@ -139,6 +139,8 @@ class Luna(nn.Module):
 class LunaEncoder(nn.Module):
     """The bidirectional form, whose slots go from layer to layer through `pos.streams["luna"]`."""
 
+    streams = ("luna",)  # what it hands on beside x
+
     def __init__(
         self,
         dim: int,

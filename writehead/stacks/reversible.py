@@ -122,6 +122,12 @@ class Reversible(nn.Module):
             raise ValueError(f"dropout={dropout} must be from 0 up to 1")
         if not 0 <= eps < 1:
             raise ValueError(f"eps={eps} must be from 0 up to 1; 1e-6 is usual")
+        for mixer, *_ in layers:
+            if beside := getattr(mixer, "streams", ()):
+                raise ValueError(
+                    f"{type(mixer).__name__} hands on {', '.join(beside)} beside x, which a reversible stack "
+                    "cannot find again; use the residual stack"
+                )
         self.blocks = nn.ModuleList(
             Pair(dim, *layer, norm=norm, eps=eps, dropout=dropout) for layer in layers
         )

@@ -61,11 +61,21 @@ def engine(request):
     engine.library.wh_team_free(engine.team)
 
 
+def magnitudes(matrix: Packed) -> Tensor:
+    """What is added up to a weight, without signs: of an int4 weight the step times its value, and the least."""
+    weight = unpack(matrix, torch.float64)
+    if matrix.format != "int4":
+        return weight.abs()
+    least = matrix.scales[:, :, 1].double().transpose(1, 2).flatten(0, 1).repeat_interleave(32, 1)
+    least = least[: matrix.n, : matrix.k]
+    return (weight - least).abs() + least.abs()
+
+
 def check(engine: Engine, matrix: Packed, x: Tensor, bias: Tensor | None = None) -> None:
     """The kernel's deviation is that of float32 sums, relative to the sum of the products' magnitudes."""
     got = engine.linear(matrix, x, bias).double()
     inputs = quantised(x) if matrix.format in STEPS else x.double()
-    size = inputs.abs() @ unpack(matrix, torch.float64).abs().T + (0 if bias is None else bias.abs())
+    size = inputs.abs() @ magnitudes(matrix).T + (0 if bias is None else bias.abs())
     assert ((got - product(matrix, x, bias)).abs() <= ROUNDING * size + 1e-30).all()
 
 
