@@ -84,7 +84,9 @@ void quantise_row(const wh_matrix& w, const float* x, const Quantised& to, int r
         quantise_group(from, units, scale, sum);
         for (int j = 0; j < kUnits; j++) values[(static_cast<size_t>(g) * kUnits + j) * rows] = units[j];
         const_cast<float*>(to.scales)[g * rows + row] = scale;
-        const_cast<int32_t*>(to.taken)[g * rows + row] = (kTaken - 128) * sum;
+        // unsigned, since a row that is not finite has any sum, which may wrap: its scale is not finite either
+        const_cast<int32_t*>(to.taken)[g * rows + row] =
+            static_cast<int32_t>(static_cast<uint32_t>(kTaken - 128) * static_cast<uint32_t>(sum));
         const_cast<float*>(to.sums)[g * rows + row] = scale * static_cast<float>(sum);
     };
     const int whole = w.k / kGroup;
