@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from writehead.config import ModelConfig
-from writehead.convert.build import KINDS
+from writehead.model.blank import KINDS
 
 
 @pytest.mark.parametrize("values", SEEDS, ids=range(len(SEEDS)))

@@ -8,7 +8,7 @@ import pytest
 from config_seeds import SEEDS
 
 from writehead.config import ModelConfig
-from writehead.convert.build import blank
+from writehead.model.blank import blank
 
 POOL = [
     None,

@@ -17,10 +17,10 @@ from typing import Any, Protocol, cast
 
 from writehead.catalog import FEEDFORWARDS, argument
 from writehead.config import ModelConfig
-from writehead.convert.build import blank
 from writehead.core.cache import KV, Layout, Store
 from writehead.core.work import Call, Work, values
 from writehead.mixers.cross import Cross
+from writehead.model.blank import blank
 from writehead.model.decoder import Decoder
 from writehead.model.encoder import Encoder
 from writehead.model.parts import Embedding

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from writehead.config import ModelConfig
 from writehead.convert import gguf_llama
-from writehead.convert.build import blank
 from writehead.convert.errors import BadFile
 from writehead.convert.gguf import open_gguf
 from writehead.convert.huggingface import read_config
@@ -29,6 +28,7 @@ from writehead.convert.load import PACKAGES, Loaded, find, load, save
 from writehead.convert.rules import GROUPED, HALVES, PLUS_ONE, QKV_ROWS, SAME, TRANSPOSED, Heads, save_weights
 from writehead.convert.tokenizer import Tokenizer
 from writehead.decode.generate import generate
+from writehead.model.blank import blank
 from writehead.model.parts import weights
 
 SMOLLM2 = pytest.mark.skipif(

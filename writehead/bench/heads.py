@@ -6,9 +6,9 @@ part by their ratio. The prediction is the roofline of this machine; a measured 
 heads would mean that the multi-head baseline is badly laid out, not that fewer bytes were moved.
 """
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor
 from writehead.bench.decode import Cell, roofline
 from writehead.bench.machine import Roofs
 from writehead.bench.measure import Case, Timing, alternate
+from writehead.bench.ours import TORCH, Ours
 from writehead.config import ModelConfig
 from writehead.core.cache import KV, Store
-from writehead.core.state import rewind
 from writehead.core.system import available_memory
 from writehead.core.work import Call
 from writehead.costs import skeleton, state_bytes
@@ -150,21 +150,9 @@ def filled(model: Decoder, batch: int, context: int, spare: int) -> DecodeState:
 
 
 def step_case(model: Decoder, cell: Cell, steps: int) -> Case:
-    """A callable that decodes `steps` tokens on the PyTorch engine and gives the seconds of one; the cache is
-    filled once, then reused."""
-    engine = TorchEngine(model)
+    """Decode steps of the PyTorch engine behind a cache that is filled, not computed."""
+    ours = Ours(TORCH, TorchEngine(model))
     with torch.inference_mode():
-        held: list[DecodeState] = [filled(model, cell.batch, cell.context, steps)]
-
-    def decode() -> float:
-        tokens, state = torch.full((cell.batch,), 7), held.pop()
-        start = time.perf_counter()
-        for _ in range(steps):
-            logits, state = engine.step(tokens, state)
-            tokens = logits.argmax(-1)
-        seconds = time.perf_counter() - start
-        with torch.inference_mode():
-            held.append(rewind(state, steps))
-        return seconds / steps
-
-    return decode
+        state = filled(model, cell.batch, cell.context, steps)
+    ours.hold(cell.context, torch.full((cell.batch,), 7), state)
+    return partial(ours.decode, cell.context, cell.batch, steps)

@@ -37,6 +37,10 @@ class Ours:
         self.name, self.engine, self.cache = name, engine, cache
         self._key, self._held = (0, 0), list[tuple[Tensor, State]]()
 
+    def hold(self, context: int, tokens: Tensor, state: State) -> None:
+        """Take a state of `context` tokens in each row for `decode`; `tokens` (B,) come next."""
+        self._held, self._key = [(tokens, state)], (context, len(tokens))
+
     def prefill(self, ids: Sequence[int]) -> float:
         """Seconds from an empty cache to the logits of the last of `ids`."""
         tokens = torch.tensor([list(ids)])
@@ -50,7 +54,7 @@ class Ours:
             self._held.clear()  # before the next state is allocated
             rows = torch.tensor(rows_of(self.engine.vocab, batch, context))
             logits, state = self.engine.start(rows, self._store(context + new_tokens))
-            self._held, self._key = [(logits.argmax(-1), state)], (context, batch)
+            self.hold(context, logits.argmax(-1), state)
         tokens, state = self._held.pop()
         first, start = tokens, time.perf_counter()
         for _ in range(new_tokens):

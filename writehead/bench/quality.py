@@ -1,8 +1,6 @@
 """How good each engine's answers are, beside its speed: agreement with float32, and perplexity."""
 
-import gzip
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any, Protocol
 
 from writehead.bench.ours import Scores
 from writehead.bench.worker import CaseError
+from writehead.train.corpus import texts
 
 WINDOW = 512  # tokens of one window, each read from the empty past
 
@@ -52,20 +51,19 @@ class Quality:
         return {**asdict(self), "agreement_error": self.agreement_error}
 
 
-def read_text(path: Path) -> str:
-    """The text in a file, which may be compressed with gzip.
+def read_text(source: Path, characters: int) -> str:
+    """The beginning of a text: a file (plain, gzip or JSONL) or all files of a folder, as `train` reads them.
 
     Raises:
-        ValueError: it cannot be read, or is not text.
+        ValueError: nothing there, or what `train.corpus.texts` refuses.
     """
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error) as error:
-        problem = (isinstance(error, OSError) and error.strerror) or "is no whole gzip file"
-        raise ValueError(f"{path}: {problem.lower()}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    held: list[str] = []
+    for text in texts([str(source)]):
+        held.append(text.text)
+        characters -= len(text.text)
+        if characters <= 0:
+            break
+    return "".join(held)
 
 
 def windows(ids: Sequence[int], length: int = WINDOW) -> list[list[int]]:

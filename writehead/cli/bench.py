@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from writehead.cli import studies
+
 if TYPE_CHECKING:
     from writehead.bench.decode import Run
+    from writehead.bench.machine import Roofs
 
 command = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Measure this machine and decoding on it."
+    add_completion=False, no_args_is_help=True, help="Measure this machine, decoding and training on it."
 )
+for study in (studies.train, studies.scaling, studies.evidence):
+    command.command(study.__name__)(study)
 QUICK = "float32, two cells, small grid, three rounds: under two minutes."
 RANDOM = "random-1b"
 MODEL = f"smollm2, a model folder, a FILE.gguf, or {RANDOM}: a Llama of a billion random weights."
@@ -58,16 +63,16 @@ def kernels_command(
 ) -> None:
     """The native engine's matrix products in each format, beside memory's speed and PyTorch's products."""
     from writehead.bench import kernels
-    from writehead.bench.measure import write_record
-    from writehead.cli.output import console, print_json
+    from writehead.bench.measure import jsonable, write_record
+    from writehead.cli.output import console, print_json, say
     from writehead.cli.tables import kernels_table
     from writehead.core.system import cores
 
     threads = threads or cores()
-    found = kernels.measure(rows=rows or kernels.ROWS, threads=threads, rounds=rounds, say=_say)
-    _say("")
+    found = kernels.measure(rows=rows or kernels.ROWS, threads=threads, rounds=rounds, say=say)
+    say("")
     if as_json:
-        print_json(_plain({"threads": threads, "products": found}))
+        print_json(jsonable({"threads": threads, "products": found}))
     else:
         console().print(kernels_table(found))
     if out is not None:
@@ -99,12 +104,11 @@ def decode_command(
     """Decode and prefill speed in cells of batch and context, beside the roofline and beside peers."""
     import torch
 
-    from writehead.bench import attention, decode, heads, plots
+    from writehead.bench import decode
     from writehead.bench.machine import roofs
-    from writehead.bench.measure import write_record
+    from writehead.bench.measure import jsonable
     from writehead.bench.peers import PEERS
-    from writehead.cli.output import console, print_json
-    from writehead.cli.tables import attention_table, beside_table, decode_table, heads_table, quality_table
+    from writehead.cli.output import print_json, say
     from writehead.core.shapes import check_choice
     from writehead.core.system import cores
 
@@ -118,56 +122,70 @@ def decode_command(
     )
     rounds = min(rounds, 3) if quick else rounds
     torch.set_num_threads(threads or cores())
-    say = _say
     say("measuring the machine")
     limits = roofs(torch.get_num_threads())
     chosen = [each for each in PEERS if each in (only or PEERS)] if peers else []
     with tempfile.TemporaryDirectory(prefix="writehead-bench-") as folder:
-        run, facts = _run(model, Path(folder), chosen, peers_python, text, text_tokens, say)
+        run, facts = _run(model, Path(folder), chosen, peers_python, text, text_tokens)
         run = replace(run, kinds=kinds, cells=cells, rounds=rounds, threads=torch.get_num_threads())
         rows, judged, more = decode.measure(run, limits, say)
         disturbed = decode.beside_busy(run, say) if busy else []
-    facts |= more
-    shared = []
-    if grid:
-        batches, contexts = ((1,), (128, 512)) if quick else ((1, 8), (512, 2048, 8192, 32768))
-        shared = heads.grid(heads.SIXTEEN, batches, contexts, limits, rounds=min(rounds, 3), say=say)
-    single = []
-    if grid:
-        rows_of, cached = ((1,), (8192,)) if quick else ((1, 8), (8192, 32768))
-        single = attention.one_token(rows_of, cached, limits, rounds=rounds, say=say)
+    results = {"roofs": limits, "decode": rows, "quality": judged, "beside_a_busy_core": disturbed}
+    results |= _sharing(limits, quick, rounds) if grid else {}
     say("")
-    results = {
-        "roofs": limits,
-        "decode": rows,
-        "quality": judged,
-        "beside_a_busy_core": disturbed,
-        "attention": single,
-        "heads": shared,
-        "one_write_head": plots.summary(shared),
-    }
+    facts |= more
     if as_json:
-        print_json(_plain({"peers": facts, **results}))
+        print_json(jsonable({"peers": facts, **results}))
     else:
-        tables: list[tuple[Any, Any]] = [
-            (decode_table, rows), (quality_table, judged), (beside_table, disturbed),
-            (attention_table, single), (heads_table, shared),
-        ]  # fmt: skip
-        for table, found in tables:
-            if found:
-                console().print(table(found))
+        _print(results)
     if out is not None:
-        extra = {"model": str(model), "rounds": rounds, "peers": facts, "grid": heads.SIXTEEN.to_dict()}
+        extra = {"model": str(model), "rounds": rounds, "peers": facts}
         extra |= {"text": str(text) if text else None, "text_tokens": sum(map(len, run.text))}
-        write_record(out / f"{name}.json", "decode", results, extra)
-        plots.decode_plot(rows, out / f"{name}.png")
-        if shared:
-            plots.heads_plot(shared, out / "heads.png")
-        typer.echo(f"written: {out / f'{name}.json'} and its plots", err=True)
+        _write(out, name, results, extra)
+
+
+def _sharing(limits: "Roofs", quick: bool, rounds: int) -> dict[str, Any]:
+    """What sharing key/value heads buys: one token's attention, and whole steps over batches and contexts."""
+    from writehead.bench import attention, heads, plots
+    from writehead.cli.output import say
+
+    batches, contexts = ((1,), (128, 512)) if quick else ((1, 8), (512, 2048, 8192, 32768))
+    cells = heads.grid(heads.SIXTEEN, batches, contexts, limits, rounds=min(rounds, 3), say=say)
+    rows_of, cached = ((1,), (8192,)) if quick else ((1, 8), (8192, 32768))
+    single = attention.one_token(rows_of, cached, limits, rounds=rounds, say=say)
+    shape = heads.SIXTEEN.to_dict()
+    return {"attention": single, "heads": cells, "heads_of": shape, "one_write_head": plots.summary(cells)}
+
+
+def _print(results: dict[str, Any]) -> None:
+    from writehead.cli import tables
+    from writehead.cli.output import console
+
+    shown: dict[str, Any] = {
+        "decode": tables.decode_table,
+        "quality": tables.quality_table,
+        "beside_a_busy_core": tables.beside_table,
+        "attention": tables.attention_table,
+        "heads": tables.heads_table,
+    }
+    for key, table in shown.items():
+        if results.get(key):
+            console().print(table(results[key]))
+
+
+def _write(out: Path, name: str, results: dict[str, Any], extra: dict[str, Any]) -> None:
+    from writehead.bench import plots
+    from writehead.bench.measure import write_record
+
+    write_record(out / f"{name}.json", "decode", results, extra)
+    plots.decode_plot(results["decode"], out / f"{name}.png")
+    if "heads" in results:
+        plots.heads_plot(results["heads"], out / "heads.png")
+    typer.echo(f"written: {out / f'{name}.json'} and its plots", err=True)
 
 
 def _run(
-    model: str, folder: Path, names: list[str], python: str, text: Path | None, text_tokens: int, say: Any
+    model: str, folder: Path, names: list[str], python: str, text: Path | None, text_tokens: int
 ) -> tuple["Run", dict[str, Any]]:
     """What is measured: the model, the peers that are installed, the text; and what peers are missing."""
     import torch
@@ -175,6 +193,7 @@ def _run(
     from writehead.bench import decode
     from writehead.bench.peers import available, random_model, weights_of
     from writehead.bench.quality import WINDOW, read_text, windows
+    from writehead.cli.output import say
     from writehead.convert.load import load
     from writehead.core.system import available_memory
     from writehead.model.decoder import Decoder
@@ -184,15 +203,16 @@ def _run(
         model = str(random_model(folder))
     loaded = load(model, dtype=torch.float32, memory_bytes=available_memory())
     facts: dict[str, Any] = {}
+    ready = []
     for name in names:
         found = available(name, python)
         facts[name] = found.version or found.reason
-    ready = [name for name in names if available(name, python).version]
+        ready += [name] if found.version else []
     pieces: list[list[int]] = []
     if text is not None:
         if loaded.tokenizer is None:
             raise ValueError(f"{loaded.source} has no tokenizer, so it can read no text")
-        ids = loaded.tokenizer.encode(read_text(text)[: text_tokens * 8], bos=False)[:text_tokens]
+        ids = loaded.tokenizer.encode(read_text(text, text_tokens * 8), bos=False)[:text_tokens]
         pieces = windows(ids, min(len(ids), WINDOW))
     weights = None
     if ready:
@@ -205,123 +225,6 @@ def _run(
         loaded.model, (), (), peers=ready, python=python, weights=weights, folder=folder, text=pieces
     )
     return run, facts
-
-
-@command.command("train")
-def train_command(
-    rounds: Annotated[int, typer.Option(min=1, help="Samples of each case.")] = 5,
-    dim: Annotated[int, typer.Option(min=8, help="Width of the models.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 256,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for training.json.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
-) -> None:
-    """A training step of ours beside PyTorch's own layers and transformers' Trainer."""
-    from dataclasses import asdict
-
-    import torch
-
-    from writehead.bench.measure import write_record
-    from writehead.bench.training import Shape, compare
-    from writehead.cli.output import console, print_json, table
-    from writehead.core.system import cores
-
-    torch.set_num_threads(threads or cores())
-    shape = Shape(dim=dim, hidden=4 * dim, batch=batch, length=length)
-    found = compare(shape, rounds, _say)
-    _say("")
-    if as_json:
-        print_json({"shape": asdict(shape), "cases": _plain(found)})
-    else:
-        grid = table("a training step", "ms", "quartiles", "tokens/s")
-        for name, t in found.items():
-            quartiles = f"{t.q1 * 1e3:.0f} to {t.q3 * 1e3:.0f}"
-            speed = f"{batch * length / t.median:,.0f}"
-            grid.add_row(
-                name, *([f"{t.median * 1e3:.0f}", quartiles, speed] if not t.error else [t.error, "", ""])
-            )
-        console().print(grid)
-    if out is not None:
-        write_record(out / "training.json", "training", found, {"shape": asdict(shape), "rounds": rounds})
-        typer.echo(f"written: {out / 'training.json'}", err=True)
-
-
-@command.command("evidence")
-def evidence_command(
-    experiments: Annotated[list[str] | None, typer.Argument(help="lm, alibi; default all.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with WikiText-2; without it Python's own sources are used.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of records, runs and tables.")] = Path("docs/evidence"),
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of a run.")] = 1200,
-    dim: Annotated[int, typer.Option(min=8, help="Width of the models, a multiple of 8.")] = 128,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
-) -> None:
-    """Run the experiments that check the papers' claims, piece by piece; what was stopped goes on."""
-    import torch
-
-    from writehead.bench import evidence
-    from writehead.convert.files import replacing
-    from writehead.core.system import cores
-
-    torch.set_num_threads(threads or cores())
-    section, said = evidence.sources(data)
-    names = experiments or list(evidence.EXPERIMENTS)
-    todo = evidence.pieces(names, section, evidence.Scale(dim=dim, steps=steps, seeds=seeds))
-    _say(said)
-    evidence.work(todo, out, _say)
-    for name in names:
-        text = evidence.table(evidence.of(todo, out), name)
-        with replacing(out / f"{name}.md") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        typer.echo(text)
-
-
-@command.command("scaling")
-def scaling_command(
-    only: Annotated[list[str] | None, typer.Option(help="Subjects to run; repeat for several.")] = None,
-    tokens: Annotated[
-        list[int] | None, typer.Option(min=16, help="Lengths; default 4096 16384 65536.")
-    ] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of each cell; the fastest counts.")] = 3,
-    out: Annotated[Path | None, typer.Option(help="Folder for scaling.json and scaling.png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
-) -> None:
-    """Time and memory of one attention layer against the length, with the slopes of their curves."""
-    from writehead.bench import scaling
-    from writehead.bench.measure import write_record
-    from writehead.cli.output import console, print_json
-    from writehead.cli.tables import scaling_table
-    from writehead.core.shapes import check_choice
-
-    for name in only or ():
-        check_choice("subject", name, scaling.SUBJECTS)
-    lengths = sorted(tokens or (4096, 16384, 65536))
-    cells = scaling.scaling(
-        only or scaling.SUBJECTS,
-        lengths,
-        heads=heads,
-        head_dim=head_dim,
-        threads=threads,
-        rounds=rounds,
-        say=_say,
-    )
-    _say("")
-    results = {"cells": cells, "slopes": scaling.slopes(cells)}
-    if as_json:
-        print_json(_plain(results))
-    else:
-        console().print(scaling_table(cells))
-    if out is not None:
-        shape = {"heads": heads, "head_dim": head_dim, "threads": threads, "rounds": rounds}
-        write_record(out / "scaling.json", "scaling", results, shape, seed=0)
-        scaling.scaling_plot(cells, out / "scaling.png")
-        typer.echo(f"written: {out / 'scaling.json'} and its plot", err=True)
 
 
 @command.command("quality")
@@ -339,7 +242,7 @@ def quality_command(
 
     from writehead.bench.ours import Ours
     from writehead.bench.quality import judge, read_text, windows
-    from writehead.cli.output import console, print_json
+    from writehead.cli.output import console, print_json, say
     from writehead.cli.tables import quality_table
     from writehead.core.system import cores
     from writehead.engines import open_engine
@@ -350,33 +253,16 @@ def quality_command(
     tokenizer = opened["float32"].tokenizer
     if tokenizer is None:
         raise ValueError(f"{opened['float32'].source} has no tokenizer, so it can read no text")
-    texts = windows(tokenizer.encode(read_text(text)[: tokens * 8], bos=False)[:tokens], window)
+    texts = windows(tokenizer.encode(read_text(text, tokens * 8), bos=False)[:tokens], window)
     engines = {name: Ours(one.engine.name, one.engine) for name, one in opened.items()}
-    _say("float32 reads the text")
+    say("float32 reads the text")
     reference = [engines["float32"].score(piece) for piece in texts]
     found = []
     for name, engine in engines.items():
-        _say(f"{name} reads the text")
+        say(f"{name} reads the text")
         found.append(judge(engine, name, texts, reference))
-    _say("")
+    say("")
     if as_json:
         print_json({"model": model, "text": str(text), "qualities": [one.to_dict() for one in found]})
     else:
         console().print(quality_table(found))
-
-
-def _say(text: str) -> None:
-    """Progress, on one line of a terminal's stderr, or a line each in a log."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-    elif text:
-        sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
-def _plain(value: Any) -> Any:
-    import json
-
-    from writehead.bench.measure import _jsonable
-
-    return json.loads(json.dumps(_jsonable(value)))

@@ -20,6 +20,15 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def say(text: str) -> None:
+    """Progress, on one line of a terminal's stderr, or a line each in a log; "" clears it."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+    elif text:
+        sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
 def table(*columns: str, title: str | None = None) -> Table:
     """A table whose first column is text and whose others are figures."""
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))

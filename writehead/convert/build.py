@@ -4,10 +4,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from writehead.model.blank import KINDS, blank
-
-__all__ = ["KINDS", "blank", "fill"]
-
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """Give a blank model its weights, without copying them; a weight that parts share stays shared.

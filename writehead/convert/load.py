@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from writehead.config import ModelConfig
 from writehead.convert import gguf_llama
-from writehead.convert.build import blank, fill
+from writehead.convert.build import fill
 from writehead.convert.errors import BadFile, shown
 from writehead.convert.files import read_json, read_tensors, whole_or_nothing, write_json, write_tensors
 from writehead.convert.gguf import GGUF, open_gguf
@@ -21,6 +21,7 @@ from writehead.convert.packed_files import is_packed, read_packed
 from writehead.convert.rules import Checkpoint, Rule, load_weights
 from writehead.convert.tokenizer import Tokenizer
 from writehead.core.shapes import check_choice
+from writehead.model.blank import blank
 from writehead.model.decoder import Decoder
 from writehead.model.parts import weights
 from writehead.native.weights import unpack_weights

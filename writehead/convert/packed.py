@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from writehead.config import ModelConfig
-from writehead.convert.build import blank
 from writehead.convert.errors import BadFile
 from writehead.convert.files import whole_or_nothing
 from writehead.convert.gguf_llama import Decoded
@@ -16,6 +15,7 @@ from writehead.convert.load import check_sizes, find, open_checkpoint, read_toke
 from writehead.convert.packed_files import is_packed, read_packed, write_packed
 from writehead.convert.rules import BadWeights, Checkpoint, Match, make, match_weights, present
 from writehead.convert.tokenizer import Tokenizer
+from writehead.model.blank import blank
 from writehead.model.parts import weights
 from writehead.native.covers import NotCoveredError, why_not
 from writehead.native.formats import FORMATS, STEPS, Packed, pack, packed, shapes

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from writehead.config import ModelConfig
-from writehead.convert.build import blank
 from writehead.convert.errors import BadFile, shown
 from writehead.convert.files import read_json, replacing, write_json
 from writehead.convert.header import DTYPES, Entry, read_header
 from writehead.core.shapes import check_choice
+from writehead.model.blank import blank
 from writehead.model.parts import weights
 from writehead.native.formats import FORMATS, Packed, shapes
 from writehead.native.weights import PackedModel, check_format, in_turns, is_matrix

@@ -62,10 +62,9 @@ class RFA(TwoWay):
         Raises:
             ValueError: an option that is not accepted, or a position scheme that adds to scores.
         """
-        _check_eps(eps)
         qkv = shared_heads(dim, heads, kv_heads, head_dim, bias)
         made = Unit(heads, qkv.kv_heads, qkv.head_dim, features, draw, kernel)
-        super().__init__(dim, qkv, made, Rule(eps, floor=True), bias, position)
+        super().__init__(dim, qkv, made, _rule(eps), bias, position)
 
 
 class GatedRFA(Kernel):
@@ -86,10 +85,9 @@ class GatedRFA(Kernel):
         position: Scheme | None = None,
     ) -> None:
         """Make the mixer; the arguments are those of `RFA`."""
-        _check_eps(eps)
         qkv = shared_heads(dim, heads, kv_heads, head_dim, bias)
         made = Unit(heads, qkv.kv_heads, qkv.head_dim, features, draw, kernel)
-        super().__init__(dim, qkv, made, Rule(eps, floor=True), bias, position)
+        super().__init__(dim, qkv, made, _rule(eps), bias, position)
         self.gate = nn.Linear(dim, qkv.kv_heads)
         nn.init.normal_(self.gate.weight, std=dim**-0.5)
         nn.init.zeros_(self.gate.bias)
@@ -109,6 +107,7 @@ class GatedRFA(Kernel):
         return run
 
 
-def _check_eps(eps: float) -> None:
+def _rule(eps: float) -> Rule:
     if eps <= 0:
         raise ValueError(f"eps={eps} must be above 0: a Gaussian estimate of a kernel may be negative")
+    return Rule(eps, floor=True)

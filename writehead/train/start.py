@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from writehead.config import ModelConfig
-from writehead.convert.build import KINDS
 from writehead.convert.files import replacing
+from writehead.model.blank import KINDS
 from writehead.model.decoder import Decoder
 from writehead.model.seq2seq import Seq2Seq
 from writehead.train import carry, checkpoint
