@@ -117,9 +117,9 @@ template <class T, int B, int F, int Least = 1, size_t... R>
 constexpr std::array<FloatTile<T>, sizeof...(R)> float_tiles(std::index_sequence<R...>) {
     return {float_tile<T, static_cast<int>(R) + Least, B, F>...};
 }
-template <Bytes F, int B, size_t... R>
+template <Bytes F, int B, bool FETCH, size_t... R>
 constexpr std::array<ByteTile, sizeof...(R)> byte_tiles(std::index_sequence<R...>) {
-    return {byte_tile<F, static_cast<int>(R) + 1, B>...};
+    return {byte_tile<F, static_cast<int>(R) + 1, B, FETCH>...};
 }
 
 // The tile of so many rows and blocks that fetches so many lines at a time; one with fewer blocks than the registers
@@ -210,8 +210,9 @@ void multiply_float(const wh_matrix& w, const float* x, int rows, const Area& ar
 
 template <Bytes F>
 void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, const Area& area, const Output& all) {
-    static constexpr auto narrow = byte_tiles<F, 1>(std::make_index_sequence<kByteRows>());
-    static constexpr auto wide = byte_tiles<F, kByteBlocks>(std::make_index_sequence<kByteRows>());
+    static constexpr auto narrow = byte_tiles<F, 1, true>(std::make_index_sequence<kByteRows>());
+    static constexpr auto wide = byte_tiles<F, kByteBlocks, true>(std::make_index_sequence<kByteRows>());
+    static constexpr auto still = byte_tiles<F, kByteBlocks, false>(std::make_index_sequence<kByteRows>());
     const Tiles tiles(w, rows);
     const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = rows < 2 ? 1 : kByteBlocks;
     const int groups = padded(w) / kGroup;
@@ -224,9 +225,9 @@ void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, const Are
         Output out = panel_output(w, all, n, area.n1, blocks, 0);
         each_tile(tiles, area, [&](int first, int height, int number) {
             out.y = all.y + first * all.ldy + n;
-            fetch(out, number, count, own, next, bytes, blocks);
-            (blocks == kByteBlocks ? wide : narrow)[height - 1](weights, bytes, scale, scales,
-                                                                quantised(w, scratch, first, height), groups, out);
+            const int fetched = fetch(out, number, count, own, next, bytes, blocks);
+            (blocks < kByteBlocks ? narrow : fetched ? wide : still)[height - 1](
+                weights, bytes, scale, scales, quantised(w, scratch, first, height), groups, out);
         });
     }
 }

@@ -112,8 +112,9 @@ inline bvec unit(const uint8_t* group, int j) {
     return high_nibbles(load_as<bvec>(group + (j - kUnits / 2) * kLine));
 }
 
-// `groups` groups of B blocks, whose bytes are `stride` and whose scales are `scale_stride` apart.
-template <Bytes F, int R, int B>
+// `groups` groups of B blocks, whose bytes are `stride` and whose scales are `scale_stride` apart; with FETCH a line
+// for each block is fetched at a time.
+template <Bytes F, int R, int B, bool FETCH>
 void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t scale_stride, const Quantised& x,
                int groups, const Output& out) {
     constexpr int V = B * kParts;
@@ -136,7 +137,7 @@ void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t s
             }
             WH_UNROLL
             for (int b = 0; b < B; b++) {
-                if (j * kLine < kBytes) __builtin_prefetch(out.ahead[b] + static_cast<size_t>(g) * kBytes + j * kLine);
+                if (FETCH && j * kLine < kBytes) __builtin_prefetch(out.ahead[b] + static_cast<size_t>(g) * kBytes + j * kLine);
             }
             WH_UNROLL
             for (int r = 0; r < R; r++) {

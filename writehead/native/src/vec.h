@@ -136,6 +136,16 @@ inline float reduce_add(vec v) {
 inline int32_t reduce_add(ivec v) {
     return fold<ivec4>(v, [](auto a, auto b) { return a + b; });
 }
+// Is a lane of a comparison true?
+inline bool any(ivec mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX__)
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+    return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
 inline float reduce_max(vec v) {
     return fold<vec4>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
