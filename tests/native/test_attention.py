@@ -175,6 +175,26 @@ def test_scores_far_apart_do_not_overflow(kernel: Kernel) -> None:
     torch.testing.assert_close(kernel.attend(case, 0).double(), case.expected(0), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_that_grow_key_by_key_are_right(kernel: Kernel, dtype: torch.dtype) -> None:
+    case = Case({"B": 1, "T": 9, "H": 6, "G": 2, "D": 16, "S": 320}, dtype, scale=1.0)
+    case.pos = torch.arange(320).int()[None]
+    case.q_pos = torch.arange(310, 319).int()[None]
+    case.q = torch.ones_like(case.q)
+    case.k = (torch.arange(320).view(20, 1, 16) / 512 - 1).expand_as(case.k).contiguous().to(dtype)
+    assert_right(kernel, case)
+
+
+def test_a_query_that_is_not_a_number_is_seen_in_its_row_and_in_no_other(kernel: Kernel) -> None:
+    case = Case({"B": 1, "T": 5, "H": 4, "G": 2, "D": 20, "S": 160}, torch.float32)
+    clean = kernel.attend(case, 0)
+    case.q[0, 3, 1, 7] = torch.nan
+    y = kernel.attend(case, 0)
+    assert y[0, 3, 1].isnan().all()
+    y[0, 3, 1] = clean[0, 3, 1]
+    assert torch.equal(y, clean)
+
+
 def test_values_in_empty_slots_are_never_read(kernel: Kernel) -> None:
     case = Case({"B": 2, "T": 4, "H": 6, "G": 2, "D": 20, "S": 96}, torch.float32)
     empty = (case.pos < 0)[:, None, None, :, None]

@@ -106,6 +106,13 @@ def test_long_rows_of_weights_cross_every_panel(engine, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_many_rows_are_cut_into_blocks_that_meet(engine, format):
+    matrix, bias = pack(torch.randn(230, 130), format), torch.randn(230)
+    for rows in (191, 192, 330):
+        check(engine, matrix, torch.randn(rows, 130), bias)
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_no_row_gives_no_output(engine, format):
     assert engine.linear(pack(torch.randn(20, 40), format), torch.empty(0, 40)).shape == (0, 20)
 

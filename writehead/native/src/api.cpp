@@ -33,12 +33,9 @@ int32_t wh_linear(wh_team* team, const wh_matrix* w, const float* x, int32_t row
         return -1;
     }
     void* scratch = team->scratch.data();
-    const int piece = wh::piece_outputs(*w, rows), pieces = (w->n + piece - 1) / piece;
+    const wh::Pieces pieces(*w, rows, wh::kBlock);
     if (needed) team->team.share(rows, [&](int row) { wh::prepare(*w, x, w->k, row, row + 1, rows, scratch); });
-    team->team.share(pieces, [&](int i) {
-        const int n0 = i * piece, n1 = n0 + piece < w->n ? n0 + piece : w->n;
-        wh::multiply(*w, x, w->k, scratch, rows, n0, n1, y, w->n, false);
-    });
+    team->team.share(pieces.count(), [&](int i) { wh::multiply(*w, x, scratch, rows, pieces[i], y, w->n, false); });
     return 0;
 }
 

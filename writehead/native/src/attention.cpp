@@ -13,15 +13,19 @@
 namespace wh {
 namespace {
 
-constexpr int kBlocks = 4;                    // of keys whose scores stand together
-constexpr int kSpan = kBlocks * kBlock;       // scores of a row at a time
+constexpr int kBlocks = kSpan / kBlock;       // of keys whose scores stand together
 constexpr int kPer = kBlock / kLanes;         // vectors of a block
-constexpr int kSums = kLanes == 16 ? 24 : 12;                  // registers for sums of values
+constexpr int kSums = kLanes == 16 ? 24 : 12;  // registers for sums
+constexpr int kCopied = 3 * kQueryRows;       // rows from which keys and values in 16 or 8 bits are worth a copy
+constexpr float kSlack = 4;  // a score may be so much above `top`: its weight is a number as exact as any
 
 template <class T>
 constexpr int kPerLine = 64 / (kLanes * sizeof(T)) < 1 ? 1 : 64 / (kLanes * sizeof(T));  // vectors of a cache line
 
-constexpr int blocks_at_once(int rows) { return kLanes == 16 ? (rows <= 4 ? 4 : 2) : kLanes == 8 && rows <= 3 ? 2 : 1; }
+// Where the sums of 2 blocks fit, those of 4 may not.
+constexpr int blocks_at_once(int rows) {
+    return rows * 4 * kPer <= kSums ? 4 : rows * 2 * kPer <= kSums ? 2 : 1;
+}
 
 inline vec widen(const float* from) { return load(from); }
 inline vec widen(const uint16_t* from) { return load_bf16(from); }
@@ -35,12 +39,10 @@ inline vec widen(const int8_t* from) {
 #endif
 }
 
-// e^x for x <= 0 to two units in the last place; 0 below -87.
+// e^x for x <= 80 to two units in the last place; 0 below -87, NaN for NaN.
 inline vec exp_below(vec x) {
-    const vec low = splat(-87.0f);
-    const vec bounded = max(x, low);
-    const ivec n = round_to_int(bounded * splat(1.44269504f));
-    const vec whole = to_float(n);
+    const vec magic = splat(12582912.0f), low = splat(-87.0f);
+    const vec bounded = max(low, x), shifted = fma(bounded, splat(1.44269504f), magic), whole = shifted - magic;
     const vec r = fma(whole, splat(2.12194440e-4f), fma(whole, splat(-0.693359375f), bounded));
     vec p = splat(1.9875691500e-4f);
     p = fma(p, r, splat(1.3981999507e-3f));
@@ -49,18 +51,19 @@ inline vec exp_below(vec x) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p * r, r, r) + splat(1.0f);
-    return x < low ? vec{} : p * as_float((n + 127) << 23);
+    return x < low ? vec{} : as_float(as_int(p) + (as_int(shifted) << 23));  // the last bits of `shifted` are n
 }
 
-// Scores of ROWS queries and BLOCKS blocks; what lies `ahead` is fetched meanwhile.
-template <int ROWS, int BLOCKS, class T>
+// Scores of ROWS queries and BLOCKS blocks; with FETCH, what lies `ahead` is fetched meanwhile.
+template <int ROWS, int BLOCKS, bool FETCH, class T>
 void score(const float* q, int dim, const T* const* k, size_t ahead, float* s) {
     vec sums[ROWS][BLOCKS * kPer] = {};
     for (int d = 0; d < dim; d++) {
         vec key[BLOCKS * kPer];
         WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++)
             key[j] = widen(k[j / kPer] + d * kBlock + j % kPer * kLanes);
-        WH_UNROLL for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(k[b] + d * kBlock + ahead, 0, 2);
+        if constexpr (FETCH)
+            WH_UNROLL for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(k[b] + d * kBlock + ahead, 0, 2);
         WH_UNROLL for (int r = 0; r < ROWS; r++) {
             const vec x = splat(q[d * kQueryRows + r]);
             WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) sums[r][j] = fma(x, key[j], sums[r][j]);
@@ -76,12 +79,17 @@ void score_rows(const float* q, int dim, int rows, const T* const* k, int blocks
         if (rows < ROWS) return score_rows<ROWS - 1>(q, dim, rows, k, blocks, ahead, s);
         constexpr int kAtOnce = blocks_at_once(ROWS);
         // blocks beyond the last are copies of it, whose scores nobody reads
-        for (int b = 0; b < blocks; b += kAtOnce) score<ROWS, kAtOnce>(q, dim, k + b, ahead, s + b * kBlock);
+        for (int b = 0; b < blocks; b += kAtOnce) {
+            if (ahead)
+                score<ROWS, kAtOnce, true>(q, dim, k + b, ahead, s + b * kBlock);
+            else
+                score<ROWS, kAtOnce, false>(q, dim, k + b, 0, s + b * kBlock);
+        }
     }
 }
 
 // Adds the values of `blocks` blocks, weighted by w, to COLS vectors of ROWS sums.
-template <int ROWS, int COLS, class T>
+template <int ROWS, int COLS, bool FETCH, class T>
 void add_values(const float* w, const T* const* v, int wide, int blocks, size_t ahead, float* y) {
     vec sums[ROWS][COLS];
     WH_UNROLL for (int r = 0; r < ROWS; r++)
@@ -90,9 +98,9 @@ void add_values(const float* w, const T* const* v, int wide, int blocks, size_t 
         for (int key = 0; key < kBlock; key++) {
             vec value[COLS];
             WH_UNROLL for (int c = 0; c < COLS; c++) value[c] = widen(v[b] + key * wide + c * kLanes);
-            WH_UNROLL for (int c = 0; c < COLS; c += kPerLine<T>) {
-                __builtin_prefetch(v[b] + key * wide + c * kLanes + ahead, 0, 2);
-            }
+            if constexpr (FETCH)
+                WH_UNROLL for (int c = 0; c < COLS; c += kPerLine<T>)
+                    __builtin_prefetch(v[b] + key * wide + c * kLanes + ahead, 0, 2);
             WH_UNROLL for (int r = 0; r < ROWS; r++) {
                 const vec x = splat(w[r * kSpan + b * kBlock + key]);
                 WH_UNROLL for (int c = 0; c < COLS; c++) sums[r][c] = fma(x, value[c], sums[r][c]);
@@ -107,7 +115,10 @@ template <int ROWS, int COLS, class T>
 void add_rows(const float* w, int rows, const T* const* v, int wide, int blocks, size_t ahead, float* y) {
     if constexpr (ROWS > 0) {
         if (rows < ROWS) return add_rows<ROWS - 1, COLS>(w, rows, v, wide, blocks, ahead, y);
-        add_values<ROWS, COLS>(w, v, wide, blocks, ahead, y);
+        if (ahead)
+            add_values<ROWS, COLS, true>(w, v, wide, blocks, ahead, y);
+        else
+            add_values<ROWS, COLS, false>(w, v, wide, blocks, 0, y);
     }
 }
 
@@ -192,59 +203,87 @@ void adjust(const Tile& tile, int row, const Keys& keys, Reach reach, const Span
     }
 }
 
-// Turns a row's scores into weights; rescales its sums where a larger score than before turns up.
-void weigh(const Tile& tile, int row, int wide, int count, float* s) {
-    vec most = load(s);
-    for (int i = kLanes; i < count; i += kLanes) most = max(most, load(s + i));
-    const float top = std::max(tile.top[row], reduce_max(most));
-    if (top == -INFINITY) {
-        for (int i = 0; i < count; i += kLanes) store(s + i, vec{});
-        return;
-    }
-    if (top > tile.top[row]) {
-        const float shrink = std::exp(tile.top[row] - top);
-        float* y = tile.y + row * wide;
-        for (int c = 0; c < wide; c += kLanes) store(y + c, splat(shrink) * load(y + c));
-        tile.total[row] *= shrink;
-        tile.top[row] = top;
-    }
-    vec sum{};
+// What is known of a tile's rows so far: the scores that weights are relative to, and the sums of weights by lane.
+struct Running {
+    float top[kTileRows];
+    vec total[kTileRows];
+};
+
+// Takes the largest of a row's scores for its `top`; rescales its sums.
+void raise(const Tile& tile, int row, int wide, vec most, Running& running) {
+    const float top = reduce_max(most);
+    const float shrink = std::exp(running.top[row] - top);
+    float* y = tile.y + row * wide;
+    for (int c = 0; c < wide; c += kLanes) store(y + c, splat(shrink) * load(y + c));
+    running.total[row] *= splat(shrink);
+    running.top[row] = top;
+}
+
+// Turns a row's scores into weights; that of a NaN is NaN.
+void weigh(const Tile& tile, int row, int wide, int count, float* s, Running& running) {
+    vec most = splat(running.top[row]);
+    for (int i = 0; i < count; i += kLanes) most = max(load(s + i), most);  // no NaN stays
+    if (any(most > splat(running.top[row] + kSlack))) raise(tile, row, wide, most, running);
+    const vec top = splat(running.top[row] == -INFINITY ? 0 : running.top[row]);
+    vec sum = running.total[row];
     for (int i = 0; i < count; i += kLanes) {
-        const vec w = exp_below(load(s + i) - splat(top));
+        const vec w = exp_below(load(s + i) - top);
         sum += w;
         store(s + i, w);
     }
-    tile.total[row] += reduce_add(sum);
+    running.total[row] = sum;
+}
+
+// Blocks of keys and values in float32, one after the other.
+template <class T>
+void copy_blocks(const T* const* from, int count, size_t each, float* to, const float** blocks) {
+    for (int b = 0; b < kBlocks; b++) {
+        blocks[b] = to + std::min(b, count - 1) * each;
+        if (b >= count) continue;
+        for (size_t i = 0; i < each; i += kLanes) store(to + b * each + i, widen(from[b] + i));
+    }
 }
 
 template <class T>
-void read_span(const Tile& tile, const Keys& keys, Reach reach, const Span& span, bool plain) {
+void read_blocks(const Tile& tile, const Keys& keys, Reach reach, const Span& span, bool plain, const T* const* k,
+                 const T* const* v, bool fetch, Running& running) {
     alignas(64) float s[kTileRows * kSpan];
     const int wide = round_up(keys.dim, kBlock), count = span.count * kBlock;
-    const T *k[kBlocks], *v[kBlocks];
-    for (int b = 0; b < kBlocks; b++) {
-        const int slot = span.slot[std::min(b, span.count - 1)];
-        k[b] = static_cast<const T*>(keys.k) + static_cast<size_t>(slot) * keys.dim;
-        v[b] = static_cast<const T*>(keys.v) + static_cast<size_t>(slot) * wide;
-    }
     for (int r = 0; r < tile.rows; r += kQueryRows) {
         const int rows = std::min(kQueryRows, tile.rows - r);
-        const size_t ahead = r ? 0 : static_cast<size_t>(count) * keys.dim;
+        const size_t ahead = r || !fetch ? 0 : static_cast<size_t>(count) * keys.dim;
         score_rows<kQueryRows>(tile.q + r * keys.dim, keys.dim, rows, k, span.count, ahead, s + r * kSpan);
     }
     for (int r = 0; r < tile.rows; r++) {
         float* row = s + r * kSpan;
         if (!plain) adjust(tile, r, keys, reach, span, row);
-        weigh(tile, r, wide, count, row);
+        weigh(tile, r, wide, count, row, running);
         if (keys.v_scale)
             for (int i = 0; i < count; i += kLanes)
                 store(row + i, load(row + i) * load(keys.v_scale + span.slot[i / kBlock] + i % kBlock));
     }
-    add(s, tile.rows, v, wide, span.count, static_cast<size_t>(count) * wide, tile.y);
+    add(s, tile.rows, v, wide, span.count, fetch ? static_cast<size_t>(count) * wide : 0, tile.y);
 }
 
 template <class T>
-void read_slots(const Tile& tile, const Keys& keys, Reach reach, int first, int last) {
+void read_span(const Tile& tile, const Keys& keys, Reach reach, const Span& span, bool plain, Running& running) {
+    const size_t D = keys.dim, wide = round_up(keys.dim, kBlock);
+    const T *k[kBlocks], *v[kBlocks];
+    for (int b = 0; b < kBlocks; b++) {
+        const int slot = span.slot[std::min(b, span.count - 1)];
+        k[b] = static_cast<const T*>(keys.k) + static_cast<size_t>(slot) * D;
+        v[b] = static_cast<const T*>(keys.v) + static_cast<size_t>(slot) * wide;
+    }
+    if (sizeof(T) == sizeof(float) || tile.rows < kCopied)
+        return read_blocks(tile, keys, reach, span, plain, k, v, true, running);
+    const float *keys_copy[kBlocks], *values_copy[kBlocks];
+    copy_blocks(k, span.count, kBlock * D, tile.spare, keys_copy);
+    copy_blocks(v, span.count, kBlock * wide, tile.spare + kSpan * D, values_copy);
+    read_blocks(tile, keys, reach, span, plain, keys_copy, values_copy, false, running);
+}
+
+template <class T>
+void read_slots(const Tile& tile, const Keys& keys, Reach reach, int first, int last, Running& running) {
     const Bounds b = bounds(tile, reach);
     for (int slot = first; slot < last;) {
         Span span;
@@ -256,7 +295,7 @@ void read_slots(const Tile& tile, const Keys& keys, Reach reach, int first, int 
             span.read[span.count++] = read;
             plain &= read == kAll;
         }
-        if (span.count) read_span<T>(tile, keys, reach, span, plain);
+        if (span.count) read_span<T>(tile, keys, reach, span, plain, running);
     }
 }
 
@@ -264,11 +303,19 @@ void read_slots(const Tile& tile, const Keys& keys, Reach reach, int first, int 
 
 void attend(const Tile& tile, const Keys& keys, Reach reach, int first, int last) {
     std::fill_n(tile.y, static_cast<size_t>(tile.rows) * round_up(keys.dim, kBlock), 0.0f);
-    std::fill_n(tile.top, tile.rows, -INFINITY);
-    std::fill_n(tile.total, tile.rows, 0.0f);
-    if (keys.format == WH_FLOAT32) return read_slots<float>(tile, keys, reach, first, last);
-    if (keys.format == WH_BFLOAT16) return read_slots<uint16_t>(tile, keys, reach, first, last);
-    read_slots<int8_t>(tile, keys, reach, first, last);
+    Running running;
+    std::fill_n(running.top, tile.rows, -INFINITY);
+    std::fill_n(running.total, tile.rows, vec{});
+    if (keys.format == WH_FLOAT32)
+        read_slots<float>(tile, keys, reach, first, last, running);
+    else if (keys.format == WH_BFLOAT16)
+        read_slots<uint16_t>(tile, keys, reach, first, last, running);
+    else
+        read_slots<int8_t>(tile, keys, reach, first, last, running);
+    for (int row = 0; row < tile.rows; row++) {
+        tile.top[row] = running.top[row];
+        tile.total[row] = reduce_add(running.total[row]);
+    }
 }
 
 }  // namespace wh

@@ -10,7 +10,8 @@
 namespace wh {
 
 constexpr int kTileRows = 48;  // query rows that read a block of keys while it is in the nearest cache
-constexpr int kQueryRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 3;  // of them at once, their sums in registers
+constexpr int kQueryRows = kLanes >= 8 ? 6 : 3;  // of them at once, their sums in registers
+constexpr int kSpan = 64;      // keys whose scores stand together
 
 // One key/value head of one row of the batch, as the cache keeps it.
 struct Keys {
@@ -33,8 +34,9 @@ struct Tile {
     const float* q;      // [rows/kQueryRows][dim][kQueryRows], scaled
     const int32_t* pos;  // [rows]
     const float* slope;  // [rows], of the penalty on distance; null: none
+    float* spare;        // [kSpan][dim + padded dim], for keys and values that many rows read
     float* y;            // [rows][padded dim], weighted sums of values
-    float* top;          // [rows], the largest score, -infinity where nothing was read
+    float* top;          // [rows], about the largest score, -infinity where nothing was read
     float* total;        // [rows], the sum of the weights exp(score - top)
 };
 

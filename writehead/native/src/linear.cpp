@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 #include <utility>
 
 #include "tiles.h"
@@ -10,34 +11,24 @@ namespace wh {
 
 namespace {
 
-// The largest tiles whose sums fit into the registers, and the panels of x that fit into the caches.
+// The largest tiles whose sums fit into the registers, rows by blocks.
 #if defined(__AVX512F__)
-constexpr int kFloatRows = 12, kByteRows = 6, kBlocks = 2;
+constexpr int kFloatRows = 9, kFloatBlocks = 3, kByteRows = 6, kByteBlocks = 2;
 #elif defined(__AVX2__)
-constexpr int kFloatRows = 6, kByteRows = 2, kBlocks = 1;
+constexpr int kFloatRows = 6, kFloatBlocks = 1, kByteRows = 2, kByteBlocks = 1;
 #else
-constexpr int kFloatRows = 3, kByteRows = 1, kBlocks = 1;
+constexpr int kFloatRows = 3, kFloatBlocks = 1, kByteRows = 1, kByteBlocks = 1;
 #endif
-constexpr int kPanel = 256;   // inputs of a float panel, when several tiles use it one after the other
-constexpr int kCopied = 3;    // tiles from which bfloat16 weights are worth a copy in float32
-constexpr int kAhead = 4096;  // bytes
+constexpr int kPanel = 128;      // inputs of a float panel, which stays in the first cache while tiles pass
+constexpr int kCopied = 3;       // tiles from which bfloat16 weights are worth a copy in float32
+constexpr int kAhead = 4096;     // bytes
+constexpr int kBlockRows = 128;  // of x that several blocks of outputs read one after the other
 constexpr int kPieceBytes = 64 * 1024, kPieces = 16;  // the most bytes, the least pieces of a matrix: a few us each
+constexpr int kFew = 4;          // rows below which one block of outputs at a time is fastest
 
 bool in_bytes(const wh_matrix& w) { return w.format == WH_INT8 || w.format == WH_INT4; }
 
 int padded(const wh_matrix& w) { return round_up(w.k, kGroup); }
-
-// Rows of x in tiles of nearly equal height.
-struct Tiles {
-    int rows, count;
-
-    Tiles(const wh_matrix& w, int rows) : rows(rows) {
-        const int most = in_bytes(w) ? kByteRows : kFloatRows;
-        count = (rows + most - 1) / most;
-    }
-    int begin(int tile) const { return static_cast<int>(static_cast<long>(rows) * tile / count); }
-    int of(int row) const { return static_cast<int>(((row + 1L) * count - 1) / rows); }
-};
 
 // Bytes of one quantised row: its values, then scale, taken and sum of each group.
 size_t row_bytes(const wh_matrix& w) { return padded(w) + 12 * static_cast<size_t>(padded(w) / kGroup); }
@@ -98,36 +89,70 @@ void quantise_row(const wh_matrix& w, const float* x, const Quantised& to, int r
     }
 }
 
+// to[k * apart + row] = from[row * ldx + k], four by four where there are so many.
+void transpose(const float* from, int ldx, int rows, int n, float* to, int apart) {
+    const auto one = [&](int row, int k) { to[static_cast<size_t>(k) * apart + row] = from[static_cast<size_t>(row) * ldx + k]; };
+    int k = 0;
+    for (; rows >= 4 && k + 4 <= n; k += 4) {
+        for (int row = 0; row < rows; row += 4) {
+            const int first = std::min(row, rows - 4);  // the last four may overlap those before
+            const float* x = from + static_cast<size_t>(first) * ldx + k;
+            vec4 lines[4];
+            for (int i = 0; i < 4; i++) lines[i] = load_as<vec4>(x + static_cast<size_t>(i) * ldx);
+            transpose4(lines);
+            for (int i = 0; i < 4; i++) std::memcpy(to + static_cast<size_t>(k + i) * apart + first, lines + i, sizeof lines[i]);
+        }
+    }
+    for (; k < n; k++) {
+        for (int row = 0; row < rows; row++) one(row, k);
+    }
+}
+
 template <class T>
 using FloatTile = void (*)(const T*, size_t, const float*, int, const Output&);
 using ByteTile = void (*)(const uint8_t*, size_t, const uint16_t*, size_t, const Quantised&, int, const Output&);
 
-template <class T, int B, size_t... R>
+// Tiles by their height; from `Least` rows on.
+template <class T, int B, int F, int Least = 1, size_t... R>
 constexpr std::array<FloatTile<T>, sizeof...(R)> float_tiles(std::index_sequence<R...>) {
-    return {float_tile<T, static_cast<int>(R) + 1, B>...};
+    return {float_tile<T, static_cast<int>(R) + Least, B, F>...};
 }
-template <Bytes F, int B, size_t... R>
+template <Bytes F, int B, bool FETCH, size_t... R>
 constexpr std::array<ByteTile, sizeof...(R)> byte_tiles(std::index_sequence<R...>) {
-    return {byte_tile<F, static_cast<int>(R) + 1, B>...};
+    return {byte_tile<F, static_cast<int>(R) + 1, B, FETCH>...};
 }
 
-// A lone tile runs at the speed of memory and fetches its own weights; the first of several tiles fetch those of
-// the next blocks, one block each, so that memory works while they compute.
+// The tile of so many rows and blocks that fetches so many lines at a time; one with fewer blocks than the registers
+// hold fetches a line for each of them. The first of several tiles is at least half as high as they may be.
 template <class T>
-void fetch(Output& out, int tile, int tiles, const T* weights, const T* next, size_t stride) {
-    for (int b = 0; b < 2; b++) {
-        const char* own = reinterpret_cast<const char*>(weights + (b < kBlocks ? b : 0) * stride);
-        out.ahead[b] = tiles == 1 ? own + kAhead : own;
-    }
-    if (tiles > 1 && tile < kBlocks) out.ahead[0] = reinterpret_cast<const char*>(next + tile * stride);
+FloatTile<T> float_tile_of(int height, int blocks, int fetched) {
+    constexpr auto every = std::make_index_sequence<kFloatRows>();
+    constexpr int kHalf = (kFloatRows + 1) / 2, kSome = kFloatBlocks > 1 ? 2 : 1;
+    constexpr auto high = std::make_index_sequence<kFloatRows - kHalf + 1>();
+    static constexpr auto one = float_tiles<T, 1, 1>(every);
+    static constexpr auto some = float_tiles<T, kSome, kSome>(every);
+    static constexpr auto alone = float_tiles<T, kFloatBlocks, kFloatBlocks>(every);
+    static constexpr auto none = float_tiles<T, kFloatBlocks, 0, kHalf>(high);
+    static constexpr auto first = float_tiles<T, kFloatBlocks, 1, kHalf>(high);
+    static constexpr auto both = float_tiles<T, kFloatBlocks, kSome, kHalf>(high);
+    if (blocks < kFloatBlocks) return (blocks == 1 ? one : some)[height - 1];
+    if (fetched == kFloatBlocks || height < kHalf) return alone[height - 1];
+    return (fetched == 0 ? none : fetched == 1 ? first : both)[height - kHalf];
 }
 
-// Calls body(n, blocks, k) for the outputs [n0, n1), some blocks at a time, with each panel of inputs.
-template <class Body>
-void each_panel(int k_end, int panel, int n0, int n1, int blocks, const Body& body) {
-    for (int k = 0; k < k_end; k += panel) {
-        for (int n = n0; n < n1; n += blocks * kBlock) body(n, std::min(blocks, (n1 - n + kBlock - 1) / kBlock), k);
+// A lone tile runs at the speed of memory and fetches its own weights. Of several tiles each of the first fetches its
+// share of the blocks that come next, so that memory works while they compute. Says how many lines at a time.
+int fetch(Output& out, int tile, int tiles, const char* own, const char* next, size_t stride, int blocks) {
+    const int share = (blocks + tiles - 1) / tiles, first = std::min(blocks, tile * share);
+    const int count = std::min(blocks, first + share) - first;
+    for (int f = 0; f < kMostFetched; f++) {
+        if (tiles == 1) {
+            out.ahead[f] = own + std::min(f, blocks - 1) * stride + kAhead;
+        } else {
+            out.ahead[f] = f < count ? next + (first + f) * stride : own;
+        }
     }
+    return count;
 }
 
 // Adds up over the panels of inputs: the first one brings the bias in, the others add to what is there.
@@ -139,58 +164,72 @@ Output panel_output(const wh_matrix& w, const Output& all, int n, int n1, int bl
     return out;
 }
 
+// Calls body(first row, height, number) for the tiles of an area, and says how many there are.
+template <class Body>
+void each_tile(const Tiles& tiles, const Area& area, const Body& body) {
+    const int from = tiles.of(area.row0);
+    for (int tile = from; tile < tiles.count && tiles.begin(tile) < area.row1; tile++) {
+        body(tiles.begin(tile), tiles.begin(tile + 1) - tiles.begin(tile), tile - from);
+    }
+}
+
 template <class T>
-void multiply_float(const wh_matrix& w, const float* x, int rows, int n0, int n1, const Output& all) {
-    static constexpr auto narrow = float_tiles<T, 1>(std::make_index_sequence<kFloatRows>());
-    static constexpr auto wide = float_tiles<T, kBlocks>(std::make_index_sequence<kFloatRows>());
-    static constexpr auto narrow_copy = float_tiles<float, 1>(std::make_index_sequence<kFloatRows>());
-    static constexpr auto wide_copy = float_tiles<float, kBlocks>(std::make_index_sequence<kFloatRows>());
+void multiply_float(const wh_matrix& w, const float* x, int rows, const Area& area, const Output& all) {
     const Tiles tiles(w, rows);
-    const bool copied = sizeof(T) < sizeof(float) && tiles.count >= kCopied;
+    const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = rows < kFew ? 1 : kFloatBlocks;
+    const bool copied = sizeof(T) < sizeof(float) && count >= kCopied;
     const size_t stride = static_cast<size_t>(padded(w)) * kBlock;
-    const int panel = tiles.count > 1 ? kPanel : std::max(w.k, 1);
-    alignas(64) float copy[kBlocks * kPanel * kBlock];
-    each_panel(w.k, panel, n0, n1, rows < 4 ? 1 : kBlocks, [&](int n, int blocks, int k) {
-        const int inputs = std::min(panel, w.k - k);
-        const T* const weights = static_cast<const T*>(w.data) + n / kBlock * stride + static_cast<size_t>(k) * kBlock;
-        for (int b = 0; copied && b < blocks; b++) {
-            float* to = copy + static_cast<size_t>(b) * kPanel * kBlock;
-            for (int i = 0; i < inputs * kBlock; i += kLanes) store(to + i, load_weights(weights + b * stride + i));
-        }
-        Output out = panel_output(w, all, n, n1, blocks, k);
-        for (int tile = 0; tile < tiles.count; tile++) {
-            const int first = tiles.begin(tile), height = tiles.begin(tile + 1) - first;
-            const float* from = x + static_cast<size_t>(first) * w.k + static_cast<size_t>(k) * height;
-            out.y = all.y + first * all.ldy + n;
-            fetch(out, tile, tiles.count, weights, weights + blocks * stride, stride);
-            if (copied) {
-                (blocks == kBlocks ? wide_copy : narrow_copy)[height - 1](copy, kPanel * kBlock, from, inputs, out);
-            } else {
-                (blocks == kBlocks ? wide : narrow)[height - 1](weights, stride, from, inputs, out);
+    const int panels = count > 1 ? std::max(1, (w.k + kPanel - 1) / kPanel) : 1;
+    alignas(64) float copy[kFloatBlocks * kPanel * kBlock];
+    for (int n = area.n0, blocks; n < area.n1; n += blocks * kBlock) {
+        blocks = std::min(most, (area.n1 - n + kBlock - 1) / kBlock);
+        const T* weights = static_cast<const T*>(w.data) + n / kBlock * stride;
+        const T* const beyond = weights + blocks * stride;
+        for (int panel = 0, k = 0, inputs; panel < panels; panel++, k += inputs, weights += inputs * kBlock) {
+            inputs = static_cast<int>(static_cast<long>(w.k) * (panel + 1) / panels) - k;
+            const T* const next = panel + 1 < panels ? weights + inputs * kBlock : beyond;
+            for (int b = 0; copied && b < blocks; b++) {
+                float* to = copy + static_cast<size_t>(b) * kPanel * kBlock;
+                for (int i = 0; i < inputs * kBlock; i += kLanes) store(to + i, load_weights(weights + b * stride + i));
             }
+            Output out = panel_output(w, all, n, area.n1, blocks, k);
+            each_tile(tiles, area, [&](int first, int height, int number) {
+                const float* from = x + static_cast<size_t>(first) * w.k + static_cast<size_t>(k) * height;
+                out.y = all.y + first * all.ldy + n;
+                const int fetched = fetch(out, number, count, reinterpret_cast<const char*>(weights),
+                                          reinterpret_cast<const char*>(next), stride * sizeof(T), blocks);
+                if (copied) {
+                    float_tile_of<float>(height, blocks, fetched)(copy, kPanel * kBlock, from, inputs, out);
+                } else {
+                    float_tile_of<T>(height, blocks, fetched)(weights, stride, from, inputs, out);
+                }
+            });
         }
-    });
+    }
 }
 
 template <Bytes F>
-void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, int n0, int n1, const Output& all) {
-    static constexpr auto narrow = byte_tiles<F, 1>(std::make_index_sequence<kByteRows>());
-    static constexpr auto wide = byte_tiles<F, kBlocks>(std::make_index_sequence<kByteRows>());
+void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, const Area& area, const Output& all) {
+    static constexpr auto narrow = byte_tiles<F, 1, true>(std::make_index_sequence<kByteRows>());
+    static constexpr auto wide = byte_tiles<F, kByteBlocks, true>(std::make_index_sequence<kByteRows>());
+    static constexpr auto still = byte_tiles<F, kByteBlocks, false>(std::make_index_sequence<kByteRows>());
     const Tiles tiles(w, rows);
+    const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = rows < 2 ? 1 : kByteBlocks;
     const int groups = padded(w) / kGroup;
     const size_t bytes = static_cast<size_t>(groups) * group_bytes(F), scales = static_cast<size_t>(groups) * group_scales(F);
-    each_panel(1, 1, n0, n1, rows < 2 ? 1 : kBlocks, [&](int n, int blocks, int) {
+    for (int n = area.n0, blocks; n < area.n1; n += blocks * kBlock) {
+        blocks = std::min(most, (area.n1 - n + kBlock - 1) / kBlock);
         const uint8_t* const weights = static_cast<const uint8_t*>(w.data) + n / kBlock * bytes;
         const uint16_t* const scale = static_cast<const uint16_t*>(w.scales) + n / kBlock * scales;
-        Output out = panel_output(w, all, n, n1, blocks, 0);
-        for (int tile = 0; tile < tiles.count; tile++) {
-            const int first = tiles.begin(tile), height = tiles.begin(tile + 1) - first;
+        const char *const own = reinterpret_cast<const char*>(weights), *const next = own + blocks * bytes;
+        Output out = panel_output(w, all, n, area.n1, blocks, 0);
+        each_tile(tiles, area, [&](int first, int height, int number) {
             out.y = all.y + first * all.ldy + n;
-            fetch(out, tile, tiles.count, weights, weights + blocks * bytes, bytes);
-            (blocks == kBlocks ? wide : narrow)[height - 1](weights, bytes, scale, scales,
-                                                            quantised(w, scratch, first, height), groups, out);
-        }
-    });
+            const int fetched = fetch(out, number, count, own, next, bytes, blocks);
+            (blocks < kByteBlocks ? narrow : fetched ? wide : still)[height - 1](
+                weights, bytes, scale, scales, quantised(w, scratch, first, height), groups, out);
+        });
+    }
 }
 
 float half_to_float(const uint16_t* from) {
@@ -207,38 +246,56 @@ size_t prepared_bytes(const wh_matrix& w, int rows) {
 
 void prepare(const wh_matrix& w, const float* x, int ldx, int first, int last, int rows, void* scratch) {
     const Tiles tiles(w, rows);
-    for (int row = first; row < last; row++) {
-        const float* from = x + static_cast<size_t>(row) * ldx;
+    for (int row = first, next; row < last; row = next) {
         const int tile = tiles.of(row), begin = tiles.begin(tile), height = tiles.begin(tile + 1) - begin;
+        next = std::min(last, begin + height);
+        const float* from = x + static_cast<size_t>(row) * ldx;
         if (in_bytes(w)) {
-            quantise_row(w, from, quantised(w, scratch, begin, height), height, row - begin);
+            for (int r = row; r < next; r++, from += ldx) {
+                quantise_row(w, from, quantised(w, scratch, begin, height), height, r - begin);
+            }
         } else if (rows > 1) {
             float* to = static_cast<float*>(scratch) + static_cast<size_t>(begin) * w.k + (row - begin);
-            for (int k = 0; k < w.k; k++) to[static_cast<size_t>(k) * height] = from[k];
+            transpose(from, ldx, next - row, w.k, to, height);
         }
     }
 }
 
-void multiply(const wh_matrix& w, const float* x, int, const void* scratch, int rows, int n0, int n1, float* y,
-              int ldy, bool add) {
+Tiles::Tiles(const wh_matrix& w, int rows) : rows(rows) {
+    const int most = in_bytes(w) ? kByteRows : kFloatRows;
+    count = (rows + most - 1) / most;
+}
+
+Pieces::Pieces(const wh_matrix& w, int rows, int step) : tiles_(w, rows), n_(w.n) {
+    const int wide = (in_bytes(w) ? kByteBlocks : rows < kFew ? 1 : kFloatBlocks) * kBlock;
+    const int least = std::lcm(step, wide);
+    const int bits = w.format == WH_FLOAT32 ? 32 : w.format == WH_BFLOAT16 ? 16 : w.format == WH_INT8 ? 9 : 5;
+    const int by_size = static_cast<int>(8L * kPieceBytes / (static_cast<long>(bits) * std::max(padded(w), 1)));
+    outputs_ = std::max(std::min(by_size, w.n / kPieces) / least, 1) * least;
+    across_ = (w.n + outputs_ - 1) / outputs_;
+    blocks_ = rows == 0 ? 0 : std::max(1, (rows + kBlockRows / 2) / kBlockRows);
+}
+
+Area Pieces::operator[](int i) const {
+    const int block = i / across_, n0 = i % across_ * outputs_;
+    const auto row = [&](int b) { return tiles_.begin(static_cast<int>(static_cast<long>(tiles_.count) * b / blocks_)); };
+    return {row(block), row(block + 1), n0, std::min(n_, n0 + outputs_)};
+}
+
+void multiply(const wh_matrix& w, const float* x, const void* scratch, int rows, const Area& area, float* y, int ldy,
+              bool add) {
     const Output out{y, static_cast<size_t>(ldy), nullptr, add, 0, {}};
     const float* inputs = rows > 1 ? static_cast<const float*>(scratch) : x;
     switch (w.format) {
         case WH_FLOAT32:
-            return multiply_float<float>(w, inputs, rows, n0, n1, out);
+            return multiply_float<float>(w, inputs, rows, area, out);
         case WH_BFLOAT16:
-            return multiply_float<uint16_t>(w, inputs, rows, n0, n1, out);
+            return multiply_float<uint16_t>(w, inputs, rows, area, out);
         case WH_INT8:
-            return multiply_bytes<kInt8>(w, scratch, rows, n0, n1, out);
+            return multiply_bytes<kInt8>(w, scratch, rows, area, out);
         default:
-            return multiply_bytes<kInt4>(w, scratch, rows, n0, n1, out);
+            return multiply_bytes<kInt4>(w, scratch, rows, area, out);
     }
-}
-
-int piece_outputs(const wh_matrix& w, int) {
-    const int bits = w.format == WH_FLOAT32 ? 32 : w.format == WH_BFLOAT16 ? 16 : w.format == WH_INT8 ? 9 : 5;
-    const int by_size = static_cast<int>(8L * kPieceBytes / (static_cast<long>(bits) * padded(w)));
-    return std::max(std::min(by_size, w.n / kPieces) / 32, 1) * 32;
 }
 
 void weight_row(const wh_matrix& w, int n, float* out) {

@@ -21,12 +21,36 @@ size_t prepared_bytes(const wh_matrix& w, int rows);
 // `scratch` is aligned to 64 bytes; it serves every matrix with the same k and kind of format.
 void prepare(const wh_matrix& w, const float* x, int ldx, int first, int last, int rows, void* scratch);
 
-// y[row * ldy + n] = (add ? y[row * ldy + n] : 0) + x W^T + bias for outputs n in [n0, n1), n0 a multiple of 16.
-void multiply(const wh_matrix& w, const float* x, int ldx, const void* scratch, int rows, int n0, int n1,
-              float* y, int ldy, bool add);
+// Rows are multiplied in tiles of nearly equal height.
+struct Tiles {
+    int rows, count;
 
-// Outputs that a thread does well to claim at a time: a multiple of 32.
-int piece_outputs(const wh_matrix& w, int rows);
+    Tiles(const wh_matrix& w, int rows);
+    int begin(int tile) const { return static_cast<int>(static_cast<long>(rows) * tile / count); }
+    int of(int row) const { return static_cast<int>(((row + 1L) * count - 1) / rows); }
+};
+
+// A part of a result: rows [row0, row1), which are whole tiles, and outputs [n0, n1).
+struct Area {
+    int row0, row1, n0, n1;
+};
+
+// A result cut into areas that a thread does well to claim at a time. Their outputs begin at a multiple of `step`,
+// which is a multiple of 16; an area of many rows reads its part of x from the second cache.
+class Pieces {
+  public:
+    Pieces(const wh_matrix& w, int rows, int step);
+    int count() const { return blocks_ * across_; }
+    Area operator[](int i) const;
+
+  private:
+    Tiles tiles_;
+    int n_, outputs_, across_, blocks_;
+};
+
+// y[row * ldy + n] = (add ? y[row * ldy + n] : 0) + x W^T + bias in an area; x and scratch are as `prepare` left them.
+void multiply(const wh_matrix& w, const float* x, const void* scratch, int rows, const Area& area, float* y, int ldy,
+              bool add);
 
 // Row n of W as k floats.
 void weight_row(const wh_matrix& w, int n, float* out);

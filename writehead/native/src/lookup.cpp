@@ -13,6 +13,28 @@ namespace {
 constexpr int kPiecesPerThread = 4;  // so that a thread that lost its core delays little
 constexpr int kLeastSlots = 64;      // of a part of the cache: below, merging costs more than it brings
 
+// Numbers of scratch memory that a thread needs: for the queries of a tile, and for keys and values.
+size_t scratch_numbers(int dim) {
+    return static_cast<size_t>(round_up(kTileRows, kQueryRows)) * dim + static_cast<size_t>(kSpan) * (dim + round_up(dim, kBlock));
+}
+
+// to[d * kQueryRows + row] = scale * from[row][d]
+void pack_queries(const float* const* from, int rows, int dim, float scale, float* to) {
+    int d = 0;
+    for (; rows >= 4 && d + 4 <= dim; d += 4) {
+        for (int row = 0; row < rows; row += 4) {
+            const int first = std::min(row, rows - 4);  // the last four may overlap those before
+            vec4 lines[4];
+            for (int i = 0; i < 4; i++) lines[i] = scale * load_as<vec4>(from[first + i] + d);
+            transpose4(lines);
+            for (int i = 0; i < 4; i++) std::memcpy(to + (d + i) * kQueryRows + first, lines + i, sizeof lines[i]);
+        }
+    }
+    for (; d < dim; d++) {
+        for (int row = 0; row < rows; row++) to[d * kQueryRows + row] = scale * from[row][d];
+    }
+}
+
 }  // namespace
 
 void Lookup::plan(const wh_cache& cache, const std::vector<Token>& tokens, int threads) {
@@ -43,13 +65,13 @@ void Lookup::plan(const wh_cache& cache, const std::vector<Token>& tokens, int t
     y_.reserve(sums * wide_);
     top_.reserve(sums);
     total_.reserve(sums);
-    queries_.reserve(static_cast<size_t>(threads) * kTileRows * cache.head_dim);
+    scratch_.reserve(static_cast<size_t>(threads) * scratch_numbers(cache.head_dim));
 }
 
 void Lookup::read(Team& team, const Look& look, const float* q, int apart) {
     const int heads = cache_.kv_heads;
     team.share(static_cast<int>(parts_.size()) * heads * splits_, [&](int unit, int thread) {
-        float* scratch = queries_.data() + static_cast<size_t>(thread) * kTileRows * cache_.head_dim;
+        float* scratch = scratch_.data() + thread * scratch_numbers(cache_.head_dim);
         const int split = unit % splits_, head = unit / splits_ % heads;
         read_part(parts_[unit / splits_ / heads], head, split, look, q, apart, scratch, unit);
     });
@@ -60,15 +82,16 @@ void Lookup::read_part(const Part& part, int head, int split, const Look& look, 
     const int D = cache_.head_dim, rows = part.last - part.first;
     int pos[kTileRows];
     float slope[kTileRows];
+    const float* from[kTileRows];
     for (int r = 0; r < rows; r++) {
         const int token = part.token + (part.first + r) / group_;
         const int query_head = head * group_ + (part.first + r) % group_;
-        const float* from = q + static_cast<size_t>(token) * apart + query_head * D;
-        float* to = scratch + r / kQueryRows * kQueryRows * D + r % kQueryRows;
-        for (int d = 0; d < D; d++) to[d * kQueryRows] = from[d] * look.scale;
+        from[r] = q + static_cast<size_t>(token) * apart + query_head * D;
         pos[r] = tokens_[token].pos;
         if (look.slopes) slope[r] = look.slopes[query_head];
     }
+    for (int r = 0; r < rows; r += kQueryRows)
+        pack_queries(from + r, std::min(kQueryRows, rows - r), D, look.scale, scratch + r * D);
     const int row = tokens_[part.token].row;
     const size_t slots = cache_.slots;
     const size_t first = ((static_cast<size_t>(row) * cache_.layers + look.layer) * cache_.kv_heads + head) * slots;
@@ -83,12 +106,16 @@ void Lookup::read_part(const Part& part, int head, int split, const Look& look, 
         cache_.pos + row * slots,
     };
     const size_t at = unit * rows_;
+    float* spare = scratch + static_cast<size_t>(round_up(kTileRows, kQueryRows)) * D;
     const Tile tile{
-        rows, scratch, pos, look.slopes ? slope : nullptr, y_.data() + at * wide_, top_.data() + at, total_.data() + at,
+        rows,  scratch,
+        pos,   look.slopes ? slope : nullptr,
+        spare, y_.data() + at * wide_,
+        top_.data() + at, total_.data() + at,
     };
     const int share = round_up((part.slots + splits_ - 1) / splits_, kBlock);
-    const int from = std::min(part.slots, split * share);
-    attend(tile, keys, look.reach, from, std::min(part.slots, from + share));
+    const int begin = std::min(part.slots, split * share);
+    attend(tile, keys, look.reach, begin, std::min(part.slots, begin + share));
 }
 
 void Lookup::collect(int token, float* to) const {
@@ -100,14 +127,17 @@ void Lookup::collect(int token, float* to) const {
         float top = -INFINITY, total = 0;
         for (int s = 0; s < splits_; s++) top = std::max(top, top_[at + static_cast<size_t>(s) * rows_]);
         float* y = to + h * D;
+        const auto weight = [&](int s) {
+            return top == -INFINITY ? 1 : std::exp(top_[at + static_cast<size_t>(s) * rows_] - top);
+        };
+        for (int s = 0; s < splits_; s++) total += weight(s) * total_[at + static_cast<size_t>(s) * rows_];
         std::fill_n(y, D, 0.0f);
-        for (int s = 0; s < splits_ && top > -INFINITY; s++) {
-            const size_t from = at + static_cast<size_t>(s) * rows_;
-            const float weight = std::exp(top_[from] - top);
-            total += weight * total_[from];
-            for (int d = 0; d < D; d++) y[d] += weight * y_[from * wide_ + d];
+        if (total == 0) continue;  // nothing was read
+        for (int s = 0; s < splits_; s++) {
+            const float share = weight(s) / total;
+            const float* from = y_.data() + (at + static_cast<size_t>(s) * rows_) * wide_;
+            for (int d = 0; d < D; d++) y[d] += share * from[d];
         }
-        for (int d = 0; d < D && total > 0; d++) y[d] /= total;
     }
 }
 

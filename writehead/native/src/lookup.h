@@ -55,7 +55,7 @@ class Lookup {
     int group_ = 1, wide_ = 0, rows_ = 0, splits_ = 1;
     std::vector<Part> parts_;
     std::vector<int> part_of_;  // token -> the first part of its batch row
-    Buffer<float> y_, top_, total_, queries_;
+    Buffer<float> y_, top_, total_, scratch_;
 };
 
 }  // namespace wh

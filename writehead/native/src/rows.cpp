@@ -122,7 +122,13 @@ void activate(int32_t activation, bool gated, const float* x, int n, float* y) {
 void rotate(float* head, const float* turn, int half, bool interleaved) {
     const int step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
     const float *cos = turn, *sin = turn + half;
-    for (int i = 0; i < half; i++) {
+    int i = 0;
+    for (; !interleaved && i + kLanes <= half; i += kLanes) {
+        const vec a = load(head + i), b = load(head + half + i), c = load(cos + i), s = load(sin + i);
+        store(head + i, a * c - b * s);
+        store(head + half + i, a * s + b * c);
+    }
+    for (; i < half; i++) {
         const float a = head[i * step], b = head[i * step + apart];
         head[i * step] = a * cos[i] - b * sin[i];
         head[i * step + apart] = a * sin[i] + b * cos[i];

@@ -13,12 +13,15 @@ using wh::Buffer, wh::kGroup, wh::normalise, wh::round_up;
 
 namespace {
 
-constexpr int kAlone = 2;  // rows whose input the caller makes alone: that is faster than to share it
+constexpr int kAlone = 2;      // rows whose input the caller makes alone: that is faster than to share it
+constexpr int kTilesEach = 4;  // of rows for each thread, from which on a thread claims a tile at a time
+
+// Numbers from one row to the next: an odd number of cache lines, so that columns do not fight for a part of the caches.
+int apart_for(int n) { return (round_up(n, kGroup) / 16 | 1) * 16; }
 
 // Rows that a matrix multiplies.
 struct Input {
     const float* x;
-    int apart;
     const void* prepared;
 };
 
@@ -39,7 +42,7 @@ int slot_of(const wh_cache& cache, int pos) {
     return cache.ring == 0 || pos < cache.lead ? pos : cache.lead + (pos - cache.lead) % cache.ring;
 }
 
-const auto nothing = [](int, int) {};
+const auto nothing = [](const wh::Area&) {};
 
 }  // namespace
 
@@ -63,8 +66,10 @@ struct wh_engine {
     Input fill(const wh_matrix& m, int rows, const Fill& row_of);
     Input prepare(const wh_matrix& m, const Rows& rows);
     template <class After>
-    void multiply(const wh_matrix& m, const Input& in, int rows, float* y, int apart, bool add,
+    void multiply(const wh_matrix& m, const Input& in, int rows, float* y, int apart, bool add, int step,
                   const After& after);
+    template <class Work>
+    void share_rows(const wh_matrix& m, int rows, const Work& work);
 
     int count() const { return static_cast<int>(tokens.size()); }
 
@@ -84,13 +89,13 @@ struct wh_engine {
 
 wh_engine::wh_engine(const wh_model& given, int threads)
     : model(given), layers(given.layers, given.layers + given.depth), team(threads) {
-    x.apart = round_up(model.dim, kGroup);
-    most_inputs = x.apart;
+    x.apart = apart_for(model.dim);
+    most_inputs = round_up(model.dim, kGroup);
     int caches = 0;
     for (const wh_layer& layer : layers) {
-        qkv.apart = std::max(qkv.apart, round_up(layer.qkv.n, kGroup));
-        inner.apart = std::max(inner.apart, round_up(layer.inner.n, kGroup));
-        active.apart = std::max(active.apart, round_up(layer.hidden, kGroup));
+        qkv.apart = std::max(qkv.apart, apart_for(layer.qkv.n));
+        inner.apart = std::max(inner.apart, apart_for(layer.inner.n));
+        active.apart = std::max(active.apart, apart_for(layer.hidden));
         most_inputs = std::max(most_inputs, round_up(layer.out.k, kGroup));
         caches = std::max(caches, layer.cache + 1);
     }
@@ -153,7 +158,7 @@ void wh_engine::run(const wh_call& call) {
         if (model.logit_scale != 1)
             for (int i = 0; i < model.dim; i++) to[i] *= model.logit_scale;
     });
-    multiply(model.head, in, rows, call.logits, call.logits_apart, false, nothing);
+    multiply(model.head, in, rows, call.logits, call.logits_apart, false, wh::kBlock, nothing);
 }
 
 void wh_engine::embed(int token, const wh_call& call) {
@@ -170,7 +175,7 @@ void wh_engine::embed(int token, const wh_call& call) {
 void wh_engine::attend(const wh_layer& layer, const wh_call& call) {
     const Input in = fill(layer.qkv, count(),
                           [&](int row, float* to) { normalise(layer.norm, x[row], model.dim, to); });
-    multiply(layer.qkv, in, count(), qkv[0], qkv.apart, false, nothing);
+    multiply(layer.qkv, in, count(), qkv[0], qkv.apart, false, wh::kBlock, nothing);
     if (model.parallel) feed_inner(layer);
     const int heads = call.caches[layer.cache].kv_heads;
     const auto place_one = [&](int i) { place(i / heads, i % heads, layer, call); };
@@ -182,7 +187,7 @@ void wh_engine::attend(const wh_layer& layer, const wh_call& call) {
     wh::Lookup& lookup = lookups[layer.cache];
     lookup.read(team, {layer.layer, {layer.window, layer.lead}, layer.scale, model.slopes}, qkv[0], qkv.apart);
     const Input y = fill(layer.out, count(), [&](int row, float* to) { lookup.collect(row, to); });
-    multiply(layer.out, y, count(), x[0], x.apart, true, nothing);
+    multiply(layer.out, y, count(), x[0], x.apart, true, wh::kBlock, nothing);
 }
 
 // Normalises and turns the queries and the key of one key/value head, and stores key and value.
@@ -202,60 +207,68 @@ void wh_engine::place(int token, int head, const wh_layer& layer, const wh_call&
 void wh_engine::feed_inner(const wh_layer& layer) {
     const Input in = fill(layer.inner, count(),
                           [&](int row, float* to) { normalise(layer.inner_norm, x[row], model.dim, to); });
-    multiply(layer.inner, in, count(), inner[0], inner.apart, false, [&](int n0, int n1) {
-        const int from = layer.gated ? n0 / 2 : n0, n = layer.gated ? (n1 - n0) / 2 : n1 - n0;
-        for (int row = 0; row < count(); row++)
-            wh::activate(layer.activation, layer.gated, inner[row] + n0, n, active[row] + from);
+    const int per = layer.gated ? 2 : 1;
+    multiply(layer.inner, in, count(), inner[0], inner.apart, false, per * wh::kBlock, [&](const wh::Area& area) {
+        for (int row = area.row0; row < area.row1; row++)
+            wh::activate(layer.activation, layer.gated, inner[row] + area.n0, (area.n1 - area.n0) / per,
+                         active[row] + area.n0 / per);
     });
 }
 
 void wh_engine::feed_outer(const wh_layer& layer) {
-    multiply(layer.outer, prepare(layer.outer, active), count(), x[0], x.apart, true, nothing);
+    multiply(layer.outer, prepare(layer.outer, active), count(), x[0], x.apart, true, wh::kBlock, nothing);
 }
 
 // The input of a matrix whose rows `row_of(row, to)` writes.
 template <class Fill>
 Input wh_engine::fill(const wh_matrix& m, int rows, const Fill& row_of) {
     const int apart = round_up(m.k, kGroup);
-    const bool alone = rows <= kAlone;
-    const Input in{input.x.data(), apart, input.prepared.data()};
-    const auto write = [&](int row) {
-        float* to = input.x.data() + static_cast<size_t>(row) * apart;
-        row_of(row, to);
-        std::fill(to + m.k, to + apart, 0.0f);
-        if (wh::prepared_bytes(m, rows)) wh::prepare(m, in.x, apart, row, row + 1, rows, input.prepared.data());
-    };
-    if (!alone) {
-        team.share(rows, write);
-    } else {
-        for (int row = 0; row < rows; row++) write(row);
-    }
+    const Input in{input.x.data(), input.prepared.data()};
+    share_rows(m, rows, [&](int first, int last) {
+        for (int row = first; row < last; row++) {
+            float* to = input.x.data() + static_cast<size_t>(row) * apart;
+            row_of(row, to);
+            std::fill(to + m.k, to + apart, 0.0f);
+        }
+        if (wh::prepared_bytes(m, rows)) wh::prepare(m, in.x, apart, first, last, rows, input.prepared.data());
+    });
     return in;
 }
 
 // The input of a matrix whose rows are there.
 Input wh_engine::prepare(const wh_matrix& m, const Rows& from) {
-    const int rows = count();
-    const bool alone = rows <= kAlone;
     void* prepared = input.prepared.data();
-    if (wh::prepared_bytes(m, rows)) {
-        if (alone)
-            wh::prepare(m, from[0], from.apart, 0, rows, rows, prepared);
-        else
-            team.share(rows, [&](int row) { wh::prepare(m, from[0], from.apart, row, row + 1, rows, prepared); });
+    if (wh::prepared_bytes(m, count())) {
+        share_rows(m, count(), [&](int first, int last) {
+            wh::prepare(m, from[0], from.apart, first, last, count(), prepared);
+        });
     }
-    return {from[0], from.apart, prepared};
+    return {from[0], prepared};
 }
 
-// y = (or +=) the product, on all threads; `after(n0, n1)` follows each piece of the outputs.
+// Calls work(first, last) for all rows, on all threads: tile by tile, or row by row where tiles are few.
+template <class Work>
+void wh_engine::share_rows(const wh_matrix& m, int rows, const Work& work) {
+    if (rows <= kAlone) {
+        if (rows) work(0, rows);
+        return;
+    }
+    const wh::Tiles tiles(m, rows);
+    if (tiles.count < kTilesEach * team.threads())
+        team.share(rows, [&](int row) { work(row, row + 1); });
+    else
+        team.share(tiles.count, [&](int tile) { work(tiles.begin(tile), tiles.begin(tile + 1)); });
+}
+
+// y = (or +=) the product, on all threads; `after(area)` follows each piece, whose outputs begin at a multiple of `step`.
 template <class After>
-void wh_engine::multiply(const wh_matrix& m, const Input& in, int rows, float* y, int apart, bool add,
+void wh_engine::multiply(const wh_matrix& m, const Input& in, int rows, float* y, int apart, bool add, int step,
                          const After& after) {
-    const int piece = wh::piece_outputs(m, rows);
-    team.share((m.n + piece - 1) / piece, [&](int i) {
-        const int n0 = i * piece, n1 = std::min(m.n, n0 + piece);
-        wh::multiply(m, in.x, in.apart, in.prepared, rows, n0, n1, y, apart, add);
-        after(n0, n1);
+    const wh::Pieces pieces(m, rows, step);
+    team.share(pieces.count(), [&](int i) {
+        const wh::Area area = pieces[i];
+        wh::multiply(m, in.x, in.prepared, rows, area, y, apart, add);
+        after(area);
     });
 }
 

@@ -10,15 +10,16 @@ namespace wh {
 constexpr int kParts = kBlock / kLanes;  // vectors that hold the outputs of a block
 constexpr int kUnits = kGroup / 4;       // 4-byte units in a group
 constexpr int kLine = 64;                // bytes of a cache line: a unit of 16 outputs
+constexpr int kMostFetched = 3;          // lines that a tile fetches at a time
 
-// Where the sums of a tile go, and what to fetch meanwhile: a line for each line of weights that it reads.
+// Where the sums of a tile go, and what to fetch meanwhile: a line of each for every line of a block that it reads.
 struct Output {
     float* y;
     size_t ldy;
     const float* bias;  // of the first output, or null
     bool add;
     int n;                 // outputs wanted; the last block of a matrix may have fewer than it holds
-    const char* ahead[2];  // for each block of the tile; the hardware alone stops at the end of a page
+    const char* ahead[kMostFetched];  // the hardware alone stops at the end of a page
 };
 
 template <int R, int V>
@@ -50,11 +51,13 @@ inline void finish(const vec (&sums)[R][V], const Output& out) {
 inline vec load_weights(const float* w) { return load(w); }
 inline vec load_weights(const uint16_t* w) { return load_bf16(w); }
 
-// Inputs [0, k) of B blocks that are `stride` numbers apart; x holds R numbers for each input.
-template <class T, int R, int B>
+// Inputs [0, k) of B blocks that are `stride` numbers apart; x holds R numbers for each input. F lines are fetched at
+// a time: every instruction counts where another thread shares the core.
+template <class T, int R, int B, int F>
 void float_tile(const T* w, size_t stride, const float* x, int k, const Output& out) {
     constexpr int V = B * kParts;
     constexpr int U = R * V >= 8 ? 1 : R * V >= 4 ? 2 : R * V >= 2 ? 4 : 8;  // sums in turn hide the latency
+    constexpr int kAtOnce = U > 2 ? U : 2;
     vec sums[U][R][V] = {};
     const auto step = [&](int i, vec(&sum)[R][V]) {
         vec weights[V];
@@ -64,7 +67,7 @@ void float_tile(const T* w, size_t stride, const float* x, int k, const Output& 
             weights[v] = load_weights(from);
         }
         WH_UNROLL
-        for (int b = 0; b < B; b++) __builtin_prefetch(out.ahead[b] + i * sizeof(T) * kBlock);
+        for (int f = 0; f < F; f++) __builtin_prefetch(out.ahead[f] + i * sizeof(T) * kBlock);
         WH_UNROLL
         for (int r = 0; r < R; r++) {
             const vec input = splat(x[static_cast<size_t>(i) * R + r]);
@@ -73,9 +76,9 @@ void float_tile(const T* w, size_t stride, const float* x, int k, const Output& 
         }
     };
     int i = 0;
-    for (; i + U <= k; i += U) {
+    for (; i + kAtOnce <= k; i += kAtOnce) {
         WH_UNROLL
-        for (int u = 0; u < U; u++) step(i + u, sums[u]);
+        for (int u = 0; u < kAtOnce; u++) step(i + u, sums[u % U]);
     }
     for (; i < k; i++) step(i, sums[0]);
     WH_UNROLL
@@ -109,8 +112,9 @@ inline bvec unit(const uint8_t* group, int j) {
     return high_nibbles(load_as<bvec>(group + (j - kUnits / 2) * kLine));
 }
 
-// `groups` groups of B blocks, whose bytes are `stride` and whose scales are `scale_stride` apart.
-template <Bytes F, int R, int B>
+// `groups` groups of B blocks, whose bytes are `stride` and whose scales are `scale_stride` apart; with FETCH a line
+// for each block is fetched at a time.
+template <Bytes F, int R, int B, bool FETCH>
 void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t scale_stride, const Quantised& x,
                int groups, const Output& out) {
     constexpr int V = B * kParts;
@@ -133,7 +137,7 @@ void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t s
             }
             WH_UNROLL
             for (int b = 0; b < B; b++) {
-                if (j * kLine < kBytes) __builtin_prefetch(out.ahead[b] + static_cast<size_t>(g) * kBytes + j * kLine);
+                if (FETCH && j * kLine < kBytes) __builtin_prefetch(out.ahead[b] + static_cast<size_t>(g) * kBytes + j * kLine);
             }
             WH_UNROLL
             for (int r = 0; r < R; r++) {

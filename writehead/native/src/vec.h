@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__SSE__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -115,11 +115,36 @@ inline auto fold(V v, const Op& op) {
 typedef float vec4 __attribute__((vector_size(16)));
 typedef int32_t ivec4 __attribute__((vector_size(16)));
 
+// Four rows of four become four columns.
+inline void transpose4(vec4 (&m)[4]) {
+#if defined(__SSE__)
+    _MM_TRANSPOSE4_PS(m[0], m[1], m[2], m[3]);
+#else
+    for (int i = 0; i < 4; i++) {
+        for (int j = 0; j < i; j++) {
+            const float x = m[i][j];
+            m[i][j] = m[j][i];
+            m[j][i] = x;
+        }
+    }
+#endif
+}
+
 inline float reduce_add(vec v) {
     return fold<vec4>(v, [](auto a, auto b) { return a + b; });
 }
 inline int32_t reduce_add(ivec v) {
     return fold<ivec4>(v, [](auto a, auto b) { return a + b; });
+}
+// Is a lane of a comparison true?
+inline bool any(ivec mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX__)
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+    return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
 }
 inline float reduce_max(vec v) {
     return fold<vec4>(v, [](auto a, auto b) { return a > b ? a : b; });
