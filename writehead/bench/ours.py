@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from writehead.bench.peer_engines import rows_of
+from writehead.bench.peer_engines.common import rows_of
 from writehead.core.cache import Store
 from writehead.core.state import State, rewind
 from writehead.decode.engine import Engine, TorchEngine

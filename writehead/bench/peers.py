@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from writehead.bench import peer_engines
 from writehead.bench.ours import Scores
+from writehead.bench.peer_engines import ENGINES, serve
+from writehead.bench.peer_engines.gguf_files import random_llama
 from writehead.bench.worker import CaseError, Worker
 
-PEERS = tuple(peer_engines.ENGINES)
-PACKAGES = {name: str(engine.package) for name, engine in peer_engines.ENGINES.items()}
-DTYPES = {name: tuple(engine.formats) for name, engine in peer_engines.ENGINES.items()}
+PEERS = tuple(ENGINES)
+PACKAGES = {name: str(engine.package) for name, engine in ENGINES.items()}
+DTYPES = {name: tuple(engine.formats) for name, engine in ENGINES.items()}
 
 
 class Availability(NamedTuple):
@@ -67,7 +68,7 @@ class Peer:
             raise ValueError(f"peer {name!r} is unknown; known: {', '.join(PEERS)}")
         self.name = name
         # -P keeps this folder off the module path, where its file names could hide packages.
-        self._worker = Worker(name, [str(python), "-P", str(Path(peer_engines.__file__)), name])
+        self._worker = Worker(name, [str(python), "-P", str(Path(serve.__file__)), name])
 
     def version(self) -> str:
         """The installed version of the engine's package."""
@@ -167,5 +168,5 @@ def weights_of(
 def random_model(folder: Path) -> Path:
     """A GGUF of a Llama of about a billion random float32 weights, with SmolLM2's tokenizer, in `folder`."""
     target = folder / "random-1b.gguf"
-    peer_engines.random_llama(smollm2_gguf(), target, dim=2048, depth=16, heads=32, kv_heads=8, hidden=8192)
+    random_llama(smollm2_gguf(), target, dim=2048, depth=16, heads=32, kv_heads=8, hidden=8192)
     return target

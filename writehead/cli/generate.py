@@ -255,6 +255,7 @@ def _print_json(
     limit: float | None,
 ) -> None:
     from writehead.cli.output import print_json
+    from writehead.core.system import peak_memory
 
     print_json(
         {
@@ -292,5 +293,6 @@ def _print_json(
                 "machine_bytes_per_second": limit,
                 "share": t.bandwidth / limit if limit else None,
             },
+            "memory": {"weight_bytes": opened.engine.weight_bytes(), "peak_bytes": peak_memory()},
         }
     )

@@ -39,16 +39,31 @@ class Tensors(Mapping[str, Tensor]):
         self.metadata: Mapping[str, str] = metadata
 
     def __getitem__(self, name: str) -> Tensor:
+        entry = self.entry(name)
+        return self._read(name, 0, entry.nbytes).reshape(entry.shape)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self.entry(name).shape
+
+    def rows(self, name: str, some: slice) -> Tensor:
+        """Some rows of a tensor, in memory of their own."""
+        entry = self.entry(name)
+        first, last, _ = some.indices(entry.shape[0])
+        row = entry.nbytes // entry.shape[0]
+        return self._read(name, first * row, (last - first) * row).reshape(-1, *entry.shape[1:])
+
+    def _read(self, name: str, begin: int, nbytes: int) -> Tensor:
         path, entry = self._entries[name]
-        flat = torch.empty(entry.nbytes, dtype=torch.uint8)
+        flat = torch.empty(nbytes, dtype=torch.uint8)
         try:
             with path.open("rb") as file:
-                file.seek(entry.begin)
-                if file.readinto(flat.numpy().data) != entry.nbytes:
+                file.seek(entry.begin + begin)
+                if file.readinto(flat.numpy().data) != nbytes:
                     raise OSError("the file was shortened while it was open")
         except OSError as error:
             raise BadFile(path, f"tensor {shown(name)} cannot be read: {shown(str(error), 200)}") from error
-        return flat.view(entry.dtype).reshape(entry.shape)
+        return flat.view(entry.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

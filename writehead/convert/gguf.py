@@ -27,6 +27,7 @@ MAX_NAME_BYTES = 64
 MAX_DIMS = 4
 MAX_NESTING = 4
 BOOL, STRING, ARRAY = 7, 8, 9
+ALL = slice(None)
 SCALARS = {
     number: np.dtype(code)
     for number, code in enumerate(
@@ -112,8 +113,8 @@ class GGUF:
         flat = np.frombuffer(self._data, np.uint8, info.nbytes, info.offset)
         return torch.from_numpy(flat).reshape(*info.shape[:-1], info.nbytes // prod(info.shape[:-1]))
 
-    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor's numbers, dequantised into a new tensor.
+    def read(self, name: str, dtype: torch.dtype = torch.float32, some: slice = ALL) -> Tensor:
+        """A tensor's numbers, or those of some of its rows, dequantised into a new tensor.
 
         Raises:
             BadFile: the tensor's type has no decoder here.
@@ -122,7 +123,12 @@ class GGUF:
         if info.type not in DECODERS:
             accepted = ", ".join(DECODERS)
             raise BadFile(self.path, f"tensor {shown(name)} has the type {info.type}; supported: {accepted}")
-        return dequantize(self.raw(name), info.type, dtype)
+        return dequantize(self.raw(name)[some], info.type, dtype)
+
+    def release(self) -> None:
+        """Give back the memory of what was read so far; it is read anew when it is asked for."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED)
 
 
 def open_gguf(path: Path | str) -> GGUF:

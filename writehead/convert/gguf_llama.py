@@ -204,6 +204,12 @@ class Decoded(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.file.read(name, self.dtype)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.file.tensors[name].shape
+
+    def rows(self, name: str, some: slice) -> Tensor:
+        return self.file.read(name, self.dtype, some)
+
     def integers(self, name: str, format: str) -> tuple[Tensor, Tensor] | None:
         """A matrix's blocks as `quants.integers` gives them."""
         info = self.file.tensors[name]

@@ -137,13 +137,19 @@ def to_huggingface(
 class Prefixed(Mapping[str, Tensor]):
     """Tensors under the names of the full model, also if a bare one was saved without the prefix."""
 
-    def __init__(self, theirs: Mapping[str, Tensor], prefix: str) -> None:
+    def __init__(self, theirs: Tensors, prefix: str) -> None:
         bare = not prefix or any(name.startswith(prefix) for name in theirs)
         self.theirs = theirs
         self.names = {name if bare or name.startswith("lm_head.") else prefix + name: name for name in theirs}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.theirs[self.names[name]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.theirs.shape(self.names[name])
+
+    def rows(self, name: str, some: slice) -> Tensor:
+        return self.theirs.rows(self.names[name], some)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,13 +14,15 @@ from writehead.convert.files import whole_or_nothing
 from writehead.convert.gguf_llama import Decoded
 from writehead.convert.load import check_sizes, find, open_checkpoint, read_tokenizer
 from writehead.convert.packed_files import is_packed, read_packed, write_packed
-from writehead.convert.rules import BadWeights, Checkpoint, Match, make, match_weights, present
+from writehead.convert.rules import SAME, Checkpoint, Match, make, match_weights, present, sources
 from writehead.convert.tokenizer import Tokenizer
 from writehead.model.blank import blank
 from writehead.model.parts import weights
 from writehead.native.covers import NotCoveredError, why_not
-from writehead.native.formats import FORMATS, STEPS, Packed, pack, packed, shapes
+from writehead.native.formats import FORMATS, STEPS, Packed, Quantised, held, pack, pack_rows, packed, shapes
 from writehead.native.weights import PackedModel, check_format, format_of, in_turns, is_matrix
+
+Parts: TypeAlias = tuple[str, list[tuple[Tensor, Tensor]]]  # a format, and values with scales
 
 
 @dataclass(frozen=True)
@@ -117,34 +120,49 @@ def _pack(checkpoint: Checkpoint, format: str, memory_bytes: int | None) -> Pack
         if not is_matrix(name):
             vectors[name] = in_turns(config, name, make(match, like[name], checkpoint).float())
             continue
-        matrix = _blocks(checkpoint, name, match, like[name], format)
+        matrix = _by_rows(checkpoint, name, match, like[name], format)
         if matrix is None:
             rows = in_turns(config, name, make(match, like[name], checkpoint))
             matrix = pack(rows, format_of(name, format))
         matrices[name] = matrix
+        if isinstance(checkpoint.theirs, Decoded):
+            checkpoint.theirs.file.release()
     return PackedModel(config, format, matrices, vectors)
 
 
-def _blocks(checkpoint: Checkpoint, name: str, match: Match, like: Tensor, format: str) -> Packed | None:
-    """A matrix made of a GGUF file's blocks as they are; None if its format does not hold them."""
-    theirs = checkpoint.theirs
-    if not isinstance(theirs, Decoded) or format not in STEPS:
+def _by_rows(checkpoint: Checkpoint, name: str, match: Match, like: Tensor, format: str) -> Packed | None:
+    """A matrix that is never whole in its files' type; None if it must be made in another way.
+
+    A GGUF file's blocks are taken as they are if the format holds all of them.
+    """
+    found, form = sources(match, like, checkpoint), match.rule.form
+    if not found:
         return None
-    keys = present(match, theirs)
-    for kind in dict.fromkeys((format, format_of(name, format))):  # a table's own blocks are better than int8
-        parts = [theirs.integers(key, kind) for key in keys]
-        if all(part is not None for part in parts):
-            break
-    else:
-        return None
-    for key, wanted in zip(keys, match.rule.form.split(like, match.heads), strict=True):
-        found = theirs.file.tensors[key].shape
-        if found != tuple(wanted.shape):
-            raise BadWeights(f"{key!r} has shape {found}; the config asks for {tuple(wanted.shape)}")
-    # the rules of these files move rows and nothing else, so they serve rows of blocks too
-    joined = (match.rule.form.join([p[i] for p in parts if p is not None], match.heads) for i in (0, 1))
+    if format not in STEPS:
+        plain = form is SAME and in_turns(checkpoint.config, name, like) is like
+        return pack_rows(found[0].rows, *like.shape, format) if plain else None
+    kind, parts = _blocks(checkpoint, match, name, format) or (format_of(name, format), [])
+    if not parts:
+        quantised = [Quantised.of(part.rows, part.n, part.k, kind) for part in found]
+        if not held(max(part.largest for part in quantised), kind):
+            return None
+        parts = [(part.values, part.scales) for part in quantised]
+    joined = (form.join([part[i] for part in parts], match.heads) for i in (0, 1))
     values, scales = (in_turns(checkpoint.config, name, rows) for rows in joined)
     return packed(kind, len(values), like.shape[1], values, scales)
+
+
+def _blocks(checkpoint: Checkpoint, match: Match, name: str, format: str) -> Parts | None:
+    """The format that holds the blocks of all tensors of a matrix, and their integers and scales."""
+    theirs = checkpoint.theirs
+    if not isinstance(theirs, Decoded):
+        return None
+    for kind in dict.fromkeys((format, format_of(name, format))):  # a table's own blocks are better than int8
+        parts = [theirs.integers(key, kind) for key in present(match, theirs)]
+        whole = [part for part in parts if part is not None]
+        if len(whole) == len(parts):
+            return kind, whole
+    return None
 
 
 def _check_memory(like: Mapping[str, Tensor], format: str, memory_bytes: int | None) -> None:

@@ -7,7 +7,8 @@ shapes that theirs must have follow from splitting ours, so a table states no sh
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,10 +33,14 @@ class Heads(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How tensors of theirs become one of ours and back; `split` also serves tensors without memory."""
+    """How tensors of theirs become one of ours and back; `split` also serves tensors without memory.
+
+    `moves_rows` says that a matrix's rows go elsewhere and nothing else happens to them.
+    """
 
     join: Callable[[Sequence[Tensor], Heads], Tensor]
     split: Callable[[Tensor, Heads], tuple[Tensor, ...]]
+    moves_rows: bool = True
 
 
 def _group(parts: Sequence[Tensor], heads: Heads) -> Tensor:
@@ -63,11 +68,15 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 SAME = Form(lambda parts, _: parts[0], lambda ours, _: (ours,))
-TRANSPOSED = Form(lambda parts, _: parts[0].T.contiguous(), lambda ours, _: (ours.T,))
+TRANSPOSED = Form(lambda parts, _: parts[0].T.contiguous(), lambda ours, _: (ours.T,), moves_rows=False)
 HALVES = Form(lambda parts, _: torch.cat(list(parts)), lambda ours, _: ours.chunk(2))
 QKV_ROWS = Form(lambda parts, _: torch.cat(list(parts)), _qkv)
 GROUPED = Form(_group, _ungroup)
-PLUS_ONE = Form(lambda parts, _: _wide(parts[0]) + 1, lambda ours, _: ((_wide(ours) - 1).to(ours.dtype),))
+PLUS_ONE = Form(
+    lambda parts, _: _wide(parts[0]) + 1,
+    lambda ours, _: ((_wide(ours) - 1).to(ours.dtype),),
+    moves_rows=False,
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,25 @@ class Checkpoint:
     ignorable: tuple[str, ...] = ()
 
 
+@runtime_checkable
+class InPieces(Protocol):
+    """Tensors of which some rows can be read."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+
+    def rows(self, name: str, some: slice) -> Tensor:
+        """Some rows of a tensor."""
+
+
+class Source(NamedTuple):
+    """A matrix of theirs that is read some rows at a time."""
+
+    n: int
+    k: int
+    rows: Callable[[slice], Tensor]
+
+
 def load_weights(
     checkpoint: Checkpoint,
     like: Mapping[str, Tensor],
@@ -172,6 +200,29 @@ def make(match: Match, like: Tensor, checkpoint: Checkpoint) -> Tensor:
     made = match.rule.form.join(parts, match.heads)
     assert made.shape == like.shape, f"{match.rule}: join is not the inverse of split"
     return made
+
+
+def sources(match: Match, like: Tensor, checkpoint: Checkpoint) -> list[Source]:
+    """The matrices that `match.rule.form` joins; none if they cannot be read and joined row by row.
+
+    Raises:
+        BadWeights: wrong shapes.
+    """
+    theirs, form = checkpoint.theirs, match.rule.form
+    names = present(match, theirs)
+    twice = any(key in theirs for key in (*match.theirs, *match.copies) if key not in names)
+    if not isinstance(theirs, InPieces) or not form.moves_rows or twice:
+        return []
+    found = []
+    for key, wanted in zip(names, form.split(like, match.heads), strict=True):
+        _check_shape(key, theirs.shape(key), wanted)
+        N, K = wanted.shape
+        found.append(Source(N, K, partial(_some_rows, theirs, key)))
+    return found
+
+
+def _some_rows(theirs: InPieces, key: str, some: slice) -> Tensor:
+    return _check_float(key, theirs.rows(key, some))
 
 
 def save_weights(rules: Sequence[Rule], ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -249,10 +300,16 @@ def _check_keys(matches: Mapping[str, Match], ours: Iterable[str], checkpoint: C
 
 def _read(theirs: Mapping[str, Tensor], key: str, like: Tensor) -> Tensor:
     tensor = theirs[key]
-    if tensor.shape != like.shape:
-        raise BadWeights(
-            f"{shown(key)} has shape {tuple(tensor.shape)}; the config asks for {tuple(like.shape)}"
-        )
+    _check_shape(key, tensor.shape, like)
+    return _check_float(key, tensor)
+
+
+def _check_shape(key: str, shape: Sequence[int], like: Tensor) -> None:
+    if tuple(shape) != tuple(like.shape):
+        raise BadWeights(f"{shown(key)} has shape {tuple(shape)}; the config asks for {tuple(like.shape)}")
+
+
+def _check_float(key: str, tensor: Tensor) -> Tensor:
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
         raise BadWeights(
             f"{shown(key)} has dtype {tensor.dtype}; weights must be float32, float16, bfloat16 or float64"

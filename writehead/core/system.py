@@ -151,6 +151,14 @@ def available_memory() -> int | None:
     return None if free is None else min([free, *(limit - used for limit, used in _memory_limits())])
 
 
+def peak_memory() -> int | None:
+    """Bytes of memory that this process held at most, mapped files as far as they were read."""
+    for line in (read(PROC / "self/status") or "").splitlines():
+        if line.startswith("VmHWM:"):  # what getrusage says would include the parent before the exec
+            return int(line.split()[1]) * 1024
+    return None
+
+
 def busy_seconds() -> float | None:
     """Seconds that the allowed processors have worked for anyone since the machine started, all added up."""
     names = {f"cpu{cpu}" for cpu in allowed_cpus()}

@@ -8,8 +8,9 @@ a multiple of 32. The bytes are the same for every processor. Integers share a s
     int4    w = scale * q + minimum    as GGUF's Q4_1, and its Q4_0 with minimum = -8 scale
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,47 @@ CHUNK_VALUES = 2**19  # weights quantised at once: temporaries stay in the cache
 STEPS = {"int8": 127, "int4": 15}  # of a group's scale, from zero or from its minimum to its largest value
 LEAST_SCALE = 2.0**-20  # below it a float16 has fewer than four bits
 LARGEST_SCALE = torch.finfo(torch.float16).max
+
+
+class Quantised(NamedTuple):
+    """Rows of a matrix as `packed` takes them.
+
+    Attributes:
+        values, scales: integers and float16.
+        largest: magnitude of a weight.
+    """
+
+    values: Tensor
+    scales: Tensor
+    largest: float
+
+    @classmethod
+    def of(cls, rows: Callable[[slice], Tensor], n: int, k: int, format: str) -> "Quantised":
+        """Quantise rows, some at a time, so that no more than a piece of the matrix is there in floats.
+
+        Args:
+            rows: gives some of the n rows, of k floats each.
+            n, k: outputs and inputs.
+            format: "int8" or "int4".
+
+        Raises:
+            ValueError: weights that are not finite.
+        """
+        groups, bytes = -(-k // GROUP), GROUP if format == "int8" else GROUP // 2
+        values = torch.empty(n, groups, bytes, dtype=torch.int8 if format == "int8" else torch.uint8)
+        scales = torch.empty((n, groups) if format == "int8" else (n, groups, 2), dtype=torch.float16)
+        ends = []
+        step = max(1, CHUNK_VALUES // k)
+        for first in range(0, n, step):
+            some = slice(first, min(first + step, n))
+            piece = rows(some)
+            ends.append(torch.stack(torch.aminmax(piece)))
+            values[some], scales[some] = (_int8 if format == "int8" else _int4)(piece)
+        low, high = float(torch.stack(ends)[:, 0].amin()), float(torch.stack(ends)[:, 1].amax())
+        largest = max(-low, high)
+        if not largest < float("inf"):
+            raise ValueError(f"weights that are not finite cannot be quantised; found {low} to {high}")
+        return cls(values.flatten(1) if format == "int8" else values, scales, largest)
 
 
 @dataclass(frozen=True)
@@ -73,19 +115,24 @@ def pack(weight: Tensor, format: str) -> Packed:
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} cannot be packed; expected (N, K), not empty"
         )
-    n, k = weight.shape
+    return pack_rows(weight.__getitem__, *weight.shape, format)
+
+
+def pack_rows(rows: Callable[[slice], Tensor], n: int, k: int, format: str) -> Packed:
+    """As `pack`, of a matrix that is asked for some rows at a time, so that it is never there as a whole."""
     if format in STEPS:
-        low, high = (float(end) for end in torch.aminmax(weight))
-        largest = max(-low, high)
-        if not largest < float("inf"):
-            raise ValueError(f"weights that are not finite cannot be quantised; found {low} to {high}")
-        top = largest / STEPS["int8"] if format == "int8" else largest
-        if top > LARGEST_SCALE or 0 < largest < LEAST_SCALE * STEPS[format]:
-            return pack(weight, "bfloat16")
-        return packed(format, n, k, *(_int8 if format == "int8" else _int4)(weight))
-    dtype = torch.float32 if format == "float32" else torch.bfloat16
-    panels = padded(weight.to(dtype), (0, -k % GROUP, 0, -n % LANES)).unflatten(0, (-1, LANES))
-    return Packed(format, n, k, panels.transpose(1, 2).contiguous())
+        quantised = Quantised.of(rows, n, k, format)
+        if not held(quantised.largest, format):
+            return pack_rows(rows, n, k, "bfloat16")
+        return packed(format, n, k, quantised.values, quantised.scales)
+    data = torch.empty(shapes(format, n, k)[0], dtype=getattr(torch, format))
+    step = max(1, CHUNK_VALUES // (k * LANES))
+    for first in range(0, len(data), step):
+        panels = data[first : first + step]
+        piece = rows(slice(first * LANES, min((first + step) * LANES, n)))
+        filled = padded(piece, (0, -k % GROUP, 0, -len(piece) % LANES)).unflatten(0, (-1, LANES))
+        panels.copy_(filled.transpose(1, 2))
+    return Packed(format, n, k, data)
 
 
 def packed(format: str, n: int, k: int, values: Tensor, scales: Tensor) -> Packed:
@@ -108,6 +155,12 @@ def packed(format: str, n: int, k: int, values: Tensor, scales: Tensor) -> Packe
     data, scaled = shapes(format, n, k)
     assert scaled is not None
     return Packed(format, n, k, fours.view(torch.uint8).reshape(data), groups.reshape(scaled))
+
+
+def held(largest: float, format: str) -> bool:
+    """Can float16 hold the scales and minima of a matrix whose weights are at most so large?"""
+    top = largest / STEPS["int8"] if format == "int8" else largest
+    return top <= LARGEST_SCALE and not 0 < largest < LEAST_SCALE * STEPS[format]
 
 
 def unpack(matrix: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -133,38 +186,21 @@ def padded(rows: Tensor, padding: Sequence[int], mode: str = "constant") -> Tens
     return F.pad(rows, list(padding), mode=mode) if any(padding) else rows
 
 
-def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and scales of each group of 32."""
-    N, groups = len(weight), -(-weight.shape[1] // GROUP)
-    values = torch.empty(N, groups * GROUP, dtype=torch.int8)
-    scales = torch.empty(N, groups, dtype=torch.float16)
-    for rows in _pieces(weight):
-        w = _grouped(weight[rows], "constant")
-        scale = _scale(w.abs().amax(-1), STEPS["int8"])
-        values[rows] = w.mul_(_inverse(scale)).round_().clamp_(-127, 127).flatten(1)
-        scales[rows] = scale
-    return values, scales
+def _int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (N, K/32, 32) and scales (N, K/32) of each group of 32."""
+    w = _grouped(rows, "constant")
+    scale = _scale(w.abs().amax(-1), STEPS["int8"])
+    return w.mul_(_inverse(scale)).round_().clamp_(-127, 127), scale
 
 
-def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Values, and scales with minima, of each group of 32."""
-    N, groups = len(weight), -(-weight.shape[1] // GROUP)
-    values = torch.empty(N, groups, GROUP // 2, dtype=torch.uint8)
-    scales = torch.empty(N, groups, 2, dtype=torch.float16)
-    for rows in _pieces(weight):
-        w = _grouped(weight[rows], "replicate")
-        low, high = torch.aminmax(w, dim=-1)
-        least = low.half()
-        scale = _scale(high - least.float(), STEPS["int4"])
-        q = w.sub_(least[..., None]).mul_(_inverse(scale)).round_().clamp_(0, STEPS["int4"]).to(torch.uint8)
-        values[rows] = q[..., :16] | q[..., 16:] << 4
-        scales[rows] = torch.stack([scale, least], -1)
-    return values, scales
-
-
-def _pieces(weight: Tensor) -> list[slice]:
-    step = max(1, CHUNK_VALUES // weight.shape[1])
-    return [slice(first, first + step) for first in range(0, len(weight), step)]
+def _int4(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (N, K/32, 16), two a byte, and scales with minima (N, K/32, 2) of each group of 32."""
+    w = _grouped(rows, "replicate")
+    low, high = torch.aminmax(w, dim=-1)
+    least = low.half()
+    scale = _scale(high - least.float(), STEPS["int4"])
+    q = w.sub_(least[..., None]).mul_(_inverse(scale)).round_().clamp_(0, STEPS["int4"]).to(torch.uint8)
+    return q[..., :16] | q[..., 16:] << 4, torch.stack([scale, least], -1)
 
 
 def _grouped(rows: Tensor, padding: str) -> Tensor:
