@@ -46,35 +46,35 @@ def train(
 
 
 def evidence(
-    experiments: Annotated[list[str] | None, typer.Argument(help="lm, alibi; default all.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with WikiText-2; without it Python's own sources are used.")
+    experiments: Annotated[
+        list[str] | None, typer.Argument(help="translation, lm, alibi; default all.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of records, runs and tables.")] = Path("docs/evidence"),
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of a run.")] = 1200,
-    dim: Annotated[int, typer.Option(min=8, help="Width of the models, a multiple of 8.")] = 128,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with WikiText-2 and Multi30k; what is missing is said.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of records, tables and plots.")] = Path("docs/evidence"),
+    runs: Annotated[Path | None, typer.Option(help="Folder of the runs; default OUT/runs.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each variant; default 3.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of a run.")] = None,
+    dim: Annotated[int | None, typer.Option(min=8, help="Width of the models, a multiple of 8.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
 ) -> None:
     """Run the experiments that check the papers' claims, piece by piece; what was stopped goes on."""
     import torch
 
     from writehead.bench import evidence
+    from writehead.bench.experiments import EXPERIMENTS, pieces, sources
     from writehead.cli.output import say
-    from writehead.convert.files import replacing
     from writehead.core.system import cores
 
     torch.set_num_threads(threads or cores())
-    section, said = evidence.sources(data)
-    names = experiments or list(evidence.EXPERIMENTS)
-    todo = evidence.pieces(names, section, evidence.Scale(dim=dim, steps=steps, seeds=seeds))
-    say(said)
-    evidence.work(todo, out, say)
-    for name in names:
-        text = evidence.table(evidence.of(todo, out), name)
-        with replacing(out / f"{name}.md") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        typer.echo(text)
+    found = sources(data)
+    for line in found.said:
+        say(line)
+    given = {"seeds": seeds, "steps": steps, "dim": dim}
+    scale = {name: value for name, value in given.items() if value is not None}
+    todo = pieces(experiments or list(EXPERIMENTS), found, **scale)
+    evidence.work(todo, out, runs or out / "runs", say)
 
 
 def scaling(

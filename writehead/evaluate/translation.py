@@ -54,6 +54,7 @@ def translation(
     lowercase: bool = False,
     batch: int = 32,
     fields: tuple[str, str] | None = None,
+    most: int | None = None,
 ) -> Translation:
     """Translate sources and compare with their references.
 
@@ -65,6 +66,7 @@ def translation(
         lowercase: compare without case.
         batch: sentences translated together.
         fields: keys of JSONL lines: source and target.
+        most: the first sentences only, so many.
 
     Raises:
         ValueError: sacreBLEU is not installed, or the data is malformed.
@@ -72,7 +74,7 @@ def translation(
     if find_spec("sacrebleu") is None:
         raise ValueError("BLEU needs the package sacrebleu: pip install sacrebleu")
     bleu: Any = importlib.import_module("sacrebleu.metrics").BLEU(lowercase=lowercase)
-    given = list(pairs(sources, fields or FIELDS["parallel"]))  # type: ignore[arg-type]
+    given = list(pairs(sources, fields or FIELDS["parallel"]))[:most]  # type: ignore[arg-type]
     said = translate(model, tokenizer, [a for a, _ in given], num_beams, length_penalty, batch)
     found = bleu.corpus_score(said, [[b for _, b in given]])
     nll = reference_nats(model, tokenizer, given, batch)
