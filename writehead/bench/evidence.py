@@ -131,6 +131,7 @@ def _translated(model: Seq2Seq, trainer: Trainer, piece: Piece) -> tuple[dict[st
             piece.tested,
             num_beams=beams,
             length_penalty=0.6,
+            beam_rule="gnmt",
             lowercase=True,
             most=piece.tokens,
         )

@@ -16,7 +16,7 @@ from writehead.train.config import RunConfig
 
 WIKITEXT, MULTI30K = "wikitext2.{}.txt.gz", "multi30k.en-de.{}.tsv.gz"
 TESTED = "test_2016_flickr"
-# query heads, key/value heads, and the width of a head as a share of dim: 1/8 in the paper, shrunk to 1/8 in all
+# query heads, key/value heads, and what part of dim a head is wide (shrunk ones are 1/8 in all)
 HEADS: Mapping[str, tuple[int, int, int]] = {
     "multi-head": (8, 8, 8),
     "multi-query": (8, 1, 8),
@@ -134,8 +134,8 @@ def sources(folder: Path | None) -> Sources:
     else:
         wanted = ", ".join(WIKITEXT.format(part) for part in ("train", "valid"))
         said.append(
-            f"no WikiText-2 in {folder} (wanted: {wanted}, the usual files packed with gzip); the experiments "
-            "run on Python's own sources"
+            f"no WikiText-2 in {folder} (wanted: {wanted}, the usual files packed with gzip); the "
+            "experiments run on Python's own sources"
         )
     pairs = there(MULTI30K, "train", "val", TESTED)
     if pairs is None:

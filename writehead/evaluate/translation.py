@@ -51,6 +51,7 @@ def translation(
     *,
     num_beams: int = 4,
     length_penalty: float = 1.0,
+    beam_rule: str = "power",
     lowercase: bool = False,
     batch: int = 32,
     fields: tuple[str, str] | None = None,
@@ -62,7 +63,7 @@ def translation(
         model: in evaluation mode.
         tokenizer: of both languages.
         sources: as data.train of a run of parallel text.
-        num_beams, length_penalty: of the search; 1 beam is greedy.
+        num_beams, length_penalty, beam_rule: of the search, as `generate` takes them; 1 beam is greedy.
         lowercase: compare without case.
         batch: sentences translated together.
         fields: keys of JSONL lines: source and target.
@@ -75,7 +76,7 @@ def translation(
         raise ValueError("BLEU needs the package sacrebleu: pip install sacrebleu")
     bleu: Any = importlib.import_module("sacrebleu.metrics").BLEU(lowercase=lowercase)
     given = list(pairs(sources, fields or FIELDS["parallel"]))[:most]  # type: ignore[arg-type]
-    said = translate(model, tokenizer, [a for a, _ in given], num_beams, length_penalty, batch)
+    said = translate(model, tokenizer, [a for a, _ in given], num_beams, length_penalty, batch, beam_rule)
     found = bleu.corpus_score(said, [[b for _, b in given]])
     nll = reference_nats(model, tokenizer, given, batch)
     return Translation(found.score, str(bleu.get_signature()), nll, len(given), tuple(said))
@@ -88,6 +89,7 @@ def translate(
     num_beams: int = 4,
     length_penalty: float = 1.0,
     batch: int = 32,
+    beam_rule: str = "power",
 ) -> list[str]:
     """The model's translation of each source; sources of about one length are translated together.
 
@@ -106,7 +108,7 @@ def translate(
             [ids[i] for i in rows],
             tokenizer=tokenizer,
             num_beams=num_beams,
-            length_penalty=length_penalty if num_beams > 1 else 1.0,
+            **({"length_penalty": length_penalty, "beam_rule": beam_rule} if num_beams > 1 else {}),
             max_new_tokens=limit,
             decoder_start_token_id=start_token(tokenizer),
         )
