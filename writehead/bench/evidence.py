@@ -7,7 +7,7 @@ hand, and that piece with its last checkpoint. Several processes may work on one
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,13 @@ from writehead.train.tokens import digest
 RECORDS = "results.jsonl"
 
 
-def work(todo: Iterable[Piece], out: Path, runs: Path, say: Callable[[str], None] = print) -> None:
+def work(
+    todo: Iterable[Piece],
+    out: Path,
+    runs: Path,
+    say: Callable[[str], None] = print,
+    after: Callable[[], None] = lambda: None,
+) -> None:
     """Train and score the pieces that have no record yet; a piece that was stopped resumes.
 
     Args:
@@ -34,6 +40,7 @@ def work(todo: Iterable[Piece], out: Path, runs: Path, say: Callable[[str], None
         out: takes the records.
         runs: takes the runs; a piece that another process trains there is left to it.
         say: takes progress.
+        after: called after each record.
 
     Raises:
         ValueError: translations without sacreBLEU.
@@ -53,6 +60,7 @@ def work(todo: Iterable[Piece], out: Path, runs: Path, say: Callable[[str], None
                     say(f"{piece.name}: begins at step {trainer.step}")
                     record = _work(piece, trainer)
                     _append(out / RECORDS, json.dumps(record, allow_nan=False))
+                    after()
         except Busy:
             say(f"{piece.name}: another process is at it")
 

@@ -47,7 +47,7 @@ def train(
 
 def evidence(
     experiments: Annotated[
-        list[str] | None, typer.Argument(help="translation, lm, alibi; default all.")
+        list[str] | None, typer.Argument(help="translation, lm, alibi, speed; default all.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder with WikiText-2 and Multi30k; what is missing is said.")
@@ -58,23 +58,39 @@ def evidence(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of a run.")] = None,
     dim: Annotated[int | None, typer.Option(min=8, help="Width of the models, a multiple of 8.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
+    pages: Annotated[bool, typer.Option("--pages", help="Only write tables and plots anew.")] = False,
 ) -> None:
     """Run the experiments that check the papers' claims, piece by piece; what was stopped goes on."""
     import torch
 
-    from writehead.bench import evidence
+    from writehead.bench import evidence, evidence_pages, translation_speed
     from writehead.bench.experiments import EXPERIMENTS, pieces, sources
     from writehead.cli.output import say
+    from writehead.core.shapes import check_choice
     from writehead.core.system import cores
 
     torch.set_num_threads(threads or cores())
+    for name in experiments or ():
+        check_choice("experiment", name, (*EXPERIMENTS, "speed"))
+    names = experiments or [*EXPERIMENTS, "speed"]
     found = sources(data)
     for line in found.said:
         say(line)
     given = {"seeds": seeds, "steps": steps, "dim": dim}
     scale = {name: value for name, value in given.items() if value is not None}
-    todo = pieces(experiments or list(EXPERIMENTS), found, **scale)
-    evidence.work(todo, out, runs or out / "runs", say)
+    planned = pieces(list(EXPERIMENTS), found, **scale)
+    todo = [] if pages else pieces([name for name in names if name in EXPERIMENTS], found, **scale)
+
+    def write() -> None:
+        evidence_pages.write(planned, out, found.said)
+
+    if "speed" in names and not pages and translation_speed.read_speed(out) is None:
+        shape = translation_speed.Shape()
+        translation_speed.write_speed(translation_speed.measure(shape, say), shape, out)
+        write()
+    evidence.work(todo, out, runs or out / "runs", say, write)
+    write()
+    typer.echo(f"written: {out / 'README.md'} and its plots", err=True)
 
 
 def scaling(

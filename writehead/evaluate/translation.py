@@ -108,7 +108,8 @@ def translate(
             [ids[i] for i in rows],
             tokenizer=tokenizer,
             num_beams=num_beams,
-            **({"length_penalty": length_penalty, "beam_rule": beam_rule} if num_beams > 1 else {}),
+            length_penalty=length_penalty if num_beams > 1 else 1.0,
+            beam_rule=beam_rule if num_beams > 1 else "power",
             max_new_tokens=limit,
             decoder_start_token_id=start_token(tokenizer),
         )

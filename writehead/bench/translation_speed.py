@@ -1,0 +1,272 @@
+"""How long a token takes in training, encoding and decoding, by kind of attention: Table 2 of Shazeer 2019.
+
+The translation model's shape is the paper's but for its depth, beside two predictions by the same formulas:
+the least time on this machine and on the paper's accelerator. Depths 1 and 2 are measured, and the paper's 6
+are the line through them, since layers are alike.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from writehead.bench.machine import Roofs, roofs
+from writehead.bench.measure import write_record
+from writehead.config import ModelConfig
+from writehead.core.work import Call
+from writehead.costs import costs, read_costs, skeleton
+from writehead.decode.engine import TorchEngine
+from writehead.decode.generate import generate
+from writehead.decode.options import Options
+from writehead.model.seq2seq import Seq2Seq
+
+RECORD = "speed.json"
+PHASES = ("training", "encode", "greedy", "beam 4")
+# microseconds a token in the paper: training; encoder and decoder of a greedy search; decoder of 4 beams
+PAPER: Mapping[str, tuple[float, float, float, float]] = {
+    "multi-head": (13.2, 1.7, 46.0, 203.0),
+    "multi-query": (13.0, 1.5, 3.8, 32.0),
+    "multi-head local": (13.2, 1.7, 23.0, 47.0),
+    "multi-query local": (13.0, 1.5, 3.3, 16.0),
+}
+THEIRS = Roofs.given(4 * 600e9, 4 * 46e12)  # TPUv2, 8 cores: 4 chips of 600 GB/s and 46 TFLOP/s in 16 bits
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The paper's model and what one call of ours takes of its batches.
+
+    Attributes:
+        dim, heads, hidden, shared_hidden, vocab, window: of the model; `shared_hidden` with one write-head.
+        depth, depths: the paper's, and those that are measured.
+        length: tokens of sources and targets.
+        batch: sentences that are decoded together; a quarter of it with beams, so as many rows.
+        trained: sentences of a training step and of an encoder call.
+    """
+
+    dim: int = 1024
+    heads: int = 8
+    hidden: int = 4096
+    shared_hidden: int = 5440
+    vocab: int = 33708
+    window: int = 32
+    depth: int = 6
+    depths: tuple[int, int] = (1, 2)
+    length: int = 128
+    batch: int = 32
+    trained: int = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One variant in one phase, in microseconds a token.
+
+    Attributes:
+        variant, phase: which one.
+        measured: by depth.
+        full: at the paper's depth, on the line through the measured ones.
+        least: what bytes and operations allow this machine at the paper's depth and our batch.
+        paper, paper_least: the paper's measurement, and what its accelerator allows at the paper's batch.
+    """
+
+    variant: str
+    phase: str
+    measured: Mapping[int, float]
+    full: float
+    least: float
+    paper: float
+    paper_least: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A form for JSON."""
+        return asdict(self)
+
+
+def config(shape: Shape, variant: str, depth: int) -> ModelConfig:
+    """The model of a variant: all its attentions share heads or none, local ones in the decoder only."""
+    kv_heads = 1 if variant.startswith("multi-query") else shape.heads
+    mixer: dict[str, Any] = {"name": "mha", "heads": shape.heads, "kv_heads": kv_heads}
+    local = {"pattern": {"name": "window", "window": shape.window}} if variant.endswith("local") else {}
+    half = {
+        "vocab": shape.vocab,
+        "dim": shape.dim,
+        "depth": depth,
+        "feedforward": {
+            "name": "dense",
+            "hidden": shape.shared_hidden if kv_heads == 1 else shape.hidden,
+            "activation": "relu",
+        },
+        "position": {"name": "learned", "max_context": 2 * shape.length},
+    }
+    encoder = {**half, "kind": "encoder", "mixer": {**mixer, "name": "bidirectional"}}
+    cross = {**mixer, "name": "cross"}
+    whole = {**half, "kind": "seq2seq", "mixer": {**mixer, **local}, "cross": cross, "encoder": encoder}
+    return ModelConfig.from_dict(whole)
+
+
+def least(
+    shape: Shape, variant: str, machine: Roofs, batch: int, itemsize: int, sources_once: bool
+) -> dict[str, float]:
+    """The least microseconds of a target token by phase, at the paper's depth.
+
+    Args:
+        shape, variant: the model.
+        machine: its limits.
+        batch: sentences decoded together; with beams four rows each.
+        itemsize: bytes of a value.
+        sources_once: do the beams of a sentence read its source's keys and values once?
+    """
+    model = skeleton(config(shape, variant, shape.depth))
+    assert isinstance(model, Seq2Seq)
+    rate, bandwidth = machine.rate(), machine.bandwidth_at(1 << 40)
+    T = shape.length
+    whole = Call(batch=batch, tokens=T, source=T, itemsize=itemsize)
+    read = read_costs(model, whole)
+    found = {
+        "training": 3 * (costs(model, whole).flops + read.flops) / rate / whole.rows,
+        "encode": read.seconds(bandwidth, rate) / whole.rows,
+    }
+    kv_heads = 1 if variant.startswith("multi-query") else shape.heads
+    a_source = T * kv_heads * 2 * (shape.dim // shape.heads) * itemsize * shape.depth
+    for phase, beams in (("greedy", 1), ("beam 4", 4)):
+        seconds = 0.0
+        for context in range(T):
+            one = costs(model, Call(batch=batch * beams, context=context, source=T, itemsize=itemsize))
+            spared = batch * (beams - 1) * a_source if sources_once else 0
+            seconds += max((one.moved - spared) / bandwidth, one.flops / rate)
+        found[phase] = seconds / (batch * T)
+    return {phase: seconds * 1e6 for phase, seconds in found.items()}
+
+
+def measure(shape: Shape = Shape(), say: Callable[[str], None] = print) -> list[Cell]:
+    """Measure all variants in turns; the faster of two rounds counts for training and encoding.
+
+    Args:
+        shape: of models and batches.
+        say: takes progress.
+    """
+    here, found = roofs(), {}
+    for depth in shape.depths:
+        for variant in PAPER:
+            say(f"{variant}, depth {depth}")
+            found[variant, depth] = _times(shape, variant, depth)
+            gc.collect()
+    cells = []
+    for variant, theirs in PAPER.items():
+        ours = least(shape, variant, here, shape.batch, 4, True)
+        paper = least(shape, variant, THEIRS, 1024, 2, False)
+        for phase, figure in zip(PHASES, theirs, strict=True):
+            low, high = ({d: found[variant, d][phase]} for d in shape.depths)
+            (a, first), (b, second) = *low.items(), *high.items()
+            full = first + (second - first) * (shape.depth - a) / (b - a)
+            cells.append(Cell(variant, phase, low | high, full, ours[phase], figure, paper[phase]))
+    return cells
+
+
+def _times(shape: Shape, variant: str, depth: int) -> dict[str, float]:
+    """Microseconds of a target token in each phase."""
+    torch.manual_seed(0)
+    model = Seq2Seq(config(shape, variant, depth))
+    T = shape.length
+    rows = torch.randint(shape.vocab, (shape.trained, T))
+
+    def train() -> None:
+        logits, _ = model(rows, rows)
+        F.cross_entropy(logits.flatten(0, 1), rows.flatten()).backward()
+        model.zero_grad(set_to_none=True)
+
+    def encode() -> None:
+        with torch.inference_mode():
+            model.read(rows)
+
+    found = {"training": _seconds(train) / rows.numel()}
+    model.eval()
+    found["encode"] = _seconds(encode) / rows.numel()
+    engine = TorchEngine(model)
+    for phase, beams in (("greedy", 1), ("beam 4", 4)):
+        sources = torch.randint(shape.vocab, (shape.batch // beams, T)).tolist()
+        short, long = (
+            Options(max_new_tokens=n, num_beams=beams, decoder_start_token_id=0, eos_token_id=())
+            for n in (2, T)
+        )
+        generate(engine, sources, short)
+        times = generate(engine, sources, long).timings
+        found[phase] = times.decode_seconds / times.decode_steps / len(sources)
+    return {phase: seconds * 1e6 for phase, seconds in found.items()}
+
+
+def _seconds(call: Callable[[], None], rounds: int = 2) -> float:
+    """The fastest of some calls, after one that warms up."""
+    call()
+    spent = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - began)
+    return min(spent)
+
+
+def write_speed(cells: Sequence[Cell], shape: Shape, out: Path) -> None:
+    """Keep what was measured, with the machine and the shape."""
+    write_record(out / RECORD, "speed of translation", {"cells": cells}, {"shape": asdict(shape)}, seed=0)
+
+
+def read_speed(out: Path) -> dict[str, Any] | None:
+    """The record of a folder, or None."""
+    path = out / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def cells_of(record: Mapping[str, Any]) -> list[Cell]:
+    """The cells of a record."""
+    return [Cell(**cell) for cell in record["results"]["cells"]]
+
+
+def speed_page(record: Mapping[str, Any]) -> list[str]:
+    """The lines of the page: microseconds a token, ours and the paper's, beside what each machine allows."""
+    cells, shape, machine = cells_of(record), record["extra"]["shape"], record["machine"]
+    lines = [
+        "## One write-head: speed",
+        "",
+        f"Shazeer 2019, Table 2. The paper's shape (width {shape['dim']}, {shape['heads']} heads, "
+        "feed-forward "
+        f"{shape['hidden']} or {shape['shared_hidden']}, {shape['length']} source and target tokens) "
+        "with depths "
+        f"{' and '.join(map(str, shape['depths']))} instead of {shape['depth']}: the figures are the "
+        "line through "
+        f"both at {shape['depth']}. Float32, {machine['threads']} threads of {machine['cpu']}, commit "
+        f"{(machine['commit'] or 'unknown')[:10]}; {shape['batch']} rows are decoded together (the "
+        "paper: 1024 "
+        f"sentences), {shape['trained']} sentences are trained on (both passes, no optimiser) and "
+        "encoded. `least` "
+        "is the larger of bytes over bandwidth and operations over rate: of this machine as "
+        "measured, and of a "
+        "TPUv2 with 8 cores (2.4 TB/s, 184 TFLOP/s, 16 bits).",
+        "",
+        f"| attention | {' | '.join(f'{p} | least | paper | least' for p in PHASES)} |",
+        f"|---|{'---:|' * (4 * len(PHASES))}",
+    ]
+    for variant in PAPER:
+        own = {cell.phase: cell for cell in cells if cell.variant == variant}
+        figures = [(c.full, c.least, c.paper, c.paper_least) for c in (own[p] for p in PHASES)]
+        lines.append(f"| {variant} | {' | '.join(_plain(x) for four in figures for x in four)} |")
+    lines += ["", "Microseconds of a target token. Multi-head over multi-query:", ""]
+    for phase in ("greedy", "beam 4"):
+        for end in ("", " local"):
+            a, b = (next(c for c in cells if (c.variant, c.phase) == (f"{name}{end}", phase))
+                    for name in ("multi-head", "multi-query"))  # fmt: skip
+            lines.append(
+                f"- {phase}{end}: {a.full / b.full:.2f} measured, {a.least / b.least:.2f} predicted here; "
+                f"{a.paper / b.paper:.1f} in the paper, {a.paper_least / b.paper_least:.2f} predicted there."
+            )
+    return lines
+
+
+def _plain(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
