@@ -93,9 +93,9 @@ def speed_plot(cells: Sequence[Cell], path: Path) -> None:
     """Microseconds a token, ours and the paper's, with a mark at the least time that the machine allows."""
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(8.8, 3.2))
-    titles = ("this machine (line through depths 1 and 2)", "paper: TPUv2, 8 cores")
+    titles = ("this machine", "paper: TPUv2, 8 cores")
     for axis, title, (bar, mark) in zip(
-        axes, titles, (("full", "least"), ("paper", "paper_least")), strict=True
+        axes, titles, (("measured", "least"), ("paper", "paper_least")), strict=True
     ):
         for place, variant in enumerate(PAPER):
             own = {cell.phase: cell for cell in cells if cell.variant == variant}
@@ -104,7 +104,9 @@ def speed_plot(cells: Sequence[Cell], path: Path) -> None:
             axis.bar(at, [getattr(own[p], bar) for p in PHASES], 0.18, color=colour, label=variant)
             axis.plot(at, [getattr(own[p], mark) for p in PHASES], "_", color="black", markersize=7)
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,g}")
+        axis.yaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
         axis.set_xticks(range(len(PHASES)), PHASES)
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)

@@ -1,11 +1,9 @@
 """How long a token takes in training, encoding and decoding, by kind of attention: Table 2 of Shazeer 2019.
 
-The translation model's shape is the paper's but for its depth, beside two predictions by the same formulas:
-the least time on this machine and on the paper's accelerator. Depths 1 and 2 are measured, and the paper's 6
-are the line through them, since layers are alike.
+The translation model has the paper's shape; batches are smaller. Beside the measurement stand two predictions
+by the same formulas: the least time on this machine and on the paper's accelerator.
 """
 
-import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +42,7 @@ class Shape:
 
     Attributes:
         dim, heads, hidden, shared_hidden, vocab, window: of the model; `shared_hidden` with one write-head.
-        depth, depths: the paper's, and those that are measured.
+        depth: layers of encoder and decoder each.
         length: tokens of sources and targets.
         batch: sentences that are decoded together; a quarter of it with beams, so as many rows.
         trained: sentences of a training step and of an encoder call.
@@ -57,10 +55,9 @@ class Shape:
     vocab: int = 33708
     window: int = 32
     depth: int = 6
-    depths: tuple[int, int] = (1, 2)
     length: int = 128
-    batch: int = 32
-    trained: int = 4
+    batch: int = 16
+    trained: int = 2
 
 
 @dataclass(frozen=True)
@@ -69,16 +66,15 @@ class Cell:
 
     Attributes:
         variant, phase: which one.
-        measured: by depth.
-        full: at the paper's depth, on the line through the measured ones.
-        least: what bytes and operations allow this machine at the paper's depth and our batch.
+        measured, samples: the fastest, and all.
+        least: what bytes and operations allow this machine at our batch.
         paper, paper_least: the paper's measurement, and what its accelerator allows at the paper's batch.
     """
 
     variant: str
     phase: str
-    measured: Mapping[int, float]
-    full: float
+    measured: float
+    samples: tuple[float, ...]
     least: float
     paper: float
     paper_least: float
@@ -88,7 +84,7 @@ class Cell:
         return asdict(self)
 
 
-def config(shape: Shape, variant: str, depth: int) -> ModelConfig:
+def config(shape: Shape, variant: str) -> ModelConfig:
     """The model of a variant: all its attentions share heads or none, local ones in the decoder only."""
     kv_heads = 1 if variant.startswith("multi-query") else shape.heads
     mixer: dict[str, Any] = {"name": "mha", "heads": shape.heads, "kv_heads": kv_heads}
@@ -96,7 +92,7 @@ def config(shape: Shape, variant: str, depth: int) -> ModelConfig:
     half = {
         "vocab": shape.vocab,
         "dim": shape.dim,
-        "depth": depth,
+        "depth": shape.depth,
         "feedforward": {
             "name": "dense",
             "hidden": shape.shared_hidden if kv_heads == 1 else shape.hidden,
@@ -113,7 +109,7 @@ def config(shape: Shape, variant: str, depth: int) -> ModelConfig:
 def least(
     shape: Shape, variant: str, machine: Roofs, batch: int, itemsize: int, sources_once: bool
 ) -> dict[str, float]:
-    """The least microseconds of a target token by phase, at the paper's depth.
+    """The least microseconds of a target token by phase.
 
     Args:
         shape, variant: the model.
@@ -122,7 +118,7 @@ def least(
         itemsize: bytes of a value.
         sources_once: do the beams of a sentence read its source's keys and values once?
     """
-    model = skeleton(config(shape, variant, shape.depth))
+    model = skeleton(config(shape, variant))
     assert isinstance(model, Seq2Seq)
     rate, bandwidth = machine.rate(), machine.bandwidth_at(1 << 40)
     T = shape.length
@@ -144,72 +140,67 @@ def least(
     return {phase: seconds * 1e6 for phase, seconds in found.items()}
 
 
-def measure(shape: Shape = Shape(), say: Callable[[str], None] = print) -> list[Cell]:
-    """Measure all variants in turns; the faster of two rounds counts for training and encoding.
+def measure(shape: Shape = Shape(), rounds: int = 2, say: Callable[[str], None] = print) -> list[Cell]:
+    """Measure all variants in turns; the fastest of the rounds counts, since disturbances only add.
 
     Args:
         shape: of models and batches.
+        rounds: turns, after one call of each that warms up.
         say: takes progress.
     """
-    here, found = roofs(), {}
-    for depth in shape.depths:
-        for variant in PAPER:
-            say(f"{variant}, depth {depth}")
-            found[variant, depth] = _times(shape, variant, depth)
-            gc.collect()
+    here = roofs()
+    torch.manual_seed(0)
+    models = {variant: Seq2Seq(config(shape, variant)) for variant in PAPER}
+    found: dict[tuple[str, str], list[float]] = {}
+    for phase in PHASES:
+        calls = {variant: _call(shape, phase, model) for variant, model in models.items()}
+        for call in calls.values():
+            call(2)
+        for turn in range(rounds):
+            for variant, call in calls.items():
+                say(f"{phase}, {variant}, round {turn + 1} of {rounds}")
+                found.setdefault((variant, phase), []).append(call(shape.length) * 1e6)
     cells = []
     for variant, theirs in PAPER.items():
         ours = least(shape, variant, here, shape.batch, 4, True)
         paper = least(shape, variant, THEIRS, 1024, 2, False)
         for phase, figure in zip(PHASES, theirs, strict=True):
-            low, high = ({d: found[variant, d][phase]} for d in shape.depths)
-            (a, first), (b, second) = *low.items(), *high.items()
-            full = first + (second - first) * (shape.depth - a) / (b - a)
-            cells.append(Cell(variant, phase, low | high, full, ours[phase], figure, paper[phase]))
+            samples = found[variant, phase]
+            cells.append(
+                Cell(variant, phase, min(samples), tuple(samples), ours[phase], figure, paper[phase])
+            )
     return cells
 
 
-def _times(shape: Shape, variant: str, depth: int) -> dict[str, float]:
-    """Microseconds of a target token in each phase."""
-    torch.manual_seed(0)
-    model = Seq2Seq(config(shape, variant, depth))
-    T = shape.length
-    rows = torch.randint(shape.vocab, (shape.trained, T))
+def _call(shape: Shape, phase: str, model: Seq2Seq) -> Callable[[int], float]:
+    """What gives the seconds of a target token; it decodes as many tokens as it is told."""
+    rows = torch.randint(shape.vocab, (shape.trained, shape.length))
 
-    def train() -> None:
-        logits, _ = model(rows, rows)
+    def train(tokens: int) -> float:
+        began = time.perf_counter()
+        logits, _ = model.train()(rows, rows)
         F.cross_entropy(logits.flatten(0, 1), rows.flatten()).backward()
         model.zero_grad(set_to_none=True)
+        return (time.perf_counter() - began) / rows.numel()
 
-    def encode() -> None:
-        with torch.inference_mode():
-            model.read(rows)
-
-    found = {"training": _seconds(train) / rows.numel()}
-    model.eval()
-    found["encode"] = _seconds(encode) / rows.numel()
-    engine = TorchEngine(model)
-    for phase, beams in (("greedy", 1), ("beam 4", 4)):
-        sources = torch.randint(shape.vocab, (shape.batch // beams, T)).tolist()
-        short, long = (
-            Options(max_new_tokens=n, num_beams=beams, decoder_start_token_id=0, eos_token_id=())
-            for n in (2, T)
-        )
-        generate(engine, sources, short)
-        times = generate(engine, sources, long).timings
-        found[phase] = times.decode_seconds / times.decode_steps / len(sources)
-    return {phase: seconds * 1e6 for phase, seconds in found.items()}
-
-
-def _seconds(call: Callable[[], None], rounds: int = 2) -> float:
-    """The fastest of some calls, after one that warms up."""
-    call()
-    spent = []
-    for _ in range(rounds):
+    def encode(tokens: int) -> float:
         began = time.perf_counter()
-        call()
-        spent.append(time.perf_counter() - began)
-    return min(spent)
+        with torch.inference_mode():
+            model.eval().read(rows)
+        return (time.perf_counter() - began) / rows.numel()
+
+    if phase in ("training", "encode"):
+        return train if phase == "training" else encode
+    beams = 4 if phase == "beam 4" else 1
+    sources = torch.randint(shape.vocab, (shape.batch // beams, shape.length)).tolist()
+    engine = TorchEngine(model)
+
+    def decode(tokens: int) -> float:
+        options = Options(max_new_tokens=tokens, num_beams=beams, decoder_start_token_id=0, eos_token_id=())
+        times = generate(engine, sources, options).timings
+        return times.decode_seconds / times.decode_steps / len(sources)
+
+    return decode
 
 
 def write_speed(cells: Sequence[Cell], shape: Shape, out: Path) -> None:
@@ -234,27 +225,26 @@ def speed_page(record: Mapping[str, Any]) -> list[str]:
     lines = [
         "## One write-head: speed",
         "",
-        f"Shazeer 2019, Table 2. The paper's shape (width {shape['dim']}, {shape['heads']} heads, "
+        f"Shazeer 2019, Table 2: the paper's shape (width {shape['dim']}, {shape['heads']} heads, "
         "feed-forward "
-        f"{shape['hidden']} or {shape['shared_hidden']}, {shape['length']} source and target tokens) "
-        "with depths "
-        f"{' and '.join(map(str, shape['depths']))} instead of {shape['depth']}: the figures are the "
-        "line through "
-        f"both at {shape['depth']}. Float32, {machine['threads']} threads of {machine['cpu']}, commit "
-        f"{(machine['commit'] or 'unknown')[:10]}; {shape['batch']} rows are decoded together (the "
-        "paper: 1024 "
-        f"sentences), {shape['trained']} sentences are trained on (both passes, no optimiser) and "
-        "encoded. `least` "
-        "is the larger of bytes over bandwidth and operations over rate: of this machine as "
-        "measured, and of a "
-        "TPUv2 with 8 cores (2.4 TB/s, 184 TFLOP/s, 16 bits).",
+        f"{shape['hidden']} or {shape['shared_hidden']}, {shape['depth']} + {shape['depth']} layers, "
+        f"{shape['length']} source and target tokens) in float32 on {machine['threads']} threads of "
+        f"{machine['cpu']}, commit {(machine['commit'] or 'unknown')[:10]}. {shape['batch']} rows are "
+        "decoded "
+        f"together (the paper: 1024 sentences, with 4 beams 4096 rows); {shape['trained']} sentences are "
+        "encoded "
+        "and trained on (both passes, no optimiser). `least` is the larger of bytes over bandwidth and "
+        "operations "
+        "over rate, of this machine as measured just before, and of a TPUv2 with 8 cores (2.4 TB/s, 184 "
+        "TFLOP/s, "
+        "16 bits).",
         "",
         f"| attention | {' | '.join(f'{p} | least | paper | least' for p in PHASES)} |",
         f"|---|{'---:|' * (4 * len(PHASES))}",
     ]
     for variant in PAPER:
         own = {cell.phase: cell for cell in cells if cell.variant == variant}
-        figures = [(c.full, c.least, c.paper, c.paper_least) for c in (own[p] for p in PHASES)]
+        figures = [(c.measured, c.least, c.paper, c.paper_least) for c in (own[p] for p in PHASES)]
         lines.append(f"| {variant} | {' | '.join(_plain(x) for four in figures for x in four)} |")
     lines += ["", "Microseconds of a target token. Multi-head over multi-query:", ""]
     for phase in ("greedy", "beam 4"):
@@ -262,7 +252,8 @@ def speed_page(record: Mapping[str, Any]) -> list[str]:
             a, b = (next(c for c in cells if (c.variant, c.phase) == (f"{name}{end}", phase))
                     for name in ("multi-head", "multi-query"))  # fmt: skip
             lines.append(
-                f"- {phase}{end}: {a.full / b.full:.2f} measured, {a.least / b.least:.2f} predicted here; "
+                f"- {phase}{end}: {a.measured / b.measured:.2f} measured, {a.least / b.least:.2f} "
+                "predicted here; "
                 f"{a.paper / b.paper:.1f} in the paper, {a.paper_least / b.paper_least:.2f} predicted there."
             )
     return lines

@@ -86,7 +86,7 @@ def evidence(
 
     if "speed" in names and not pages and translation_speed.read_speed(out) is None:
         shape = translation_speed.Shape()
-        translation_speed.write_speed(translation_speed.measure(shape, say), shape, out)
+        translation_speed.write_speed(translation_speed.measure(shape, say=say), shape, out)
         write()
     evidence.work(todo, out, runs or out / "runs", say, write)
     write()
