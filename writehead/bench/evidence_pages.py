@@ -272,8 +272,12 @@ def _missing(planned: Sequence[Piece], found: Sequence[Record]) -> str:
     for piece in planned:
         if (piece.variant, piece.seed) not in done:
             rest.setdefault(piece.variant, []).append(str(piece.seed))
-    missing = "; ".join(f"{variant} (seed {', '.join(seeds)})" for variant, seeds in rest.items())
-    return f"Missing: {missing}." if missing else ""
+    whole = len({piece.seed for piece in planned})
+    words = [
+        variant if len(seeds) == whole else f"{variant} (seed {', '.join(seeds)})"
+        for variant, seeds in rest.items()
+    ]
+    return f"Missing: {'; '.join(words)}." if words and found else ""
 
 
 def _budget(found: Sequence[Record]) -> str:
