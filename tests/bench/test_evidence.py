@@ -1,52 +1,82 @@
 """Evidence goes piece by piece: equal parameters, one record each, and what was stopped goes on."""
 
 import json
-import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.train.small import TEXT, write
-from writehead.bench import evidence
-from writehead.bench.evidence import Scale, pieces, records, table, work
+from writehead.bench import evidence, evidence_pages
+from writehead.bench.evidence import records, work
+from writehead.bench.experiments import HEADS, LONGER, MULTI30K, Sources, pieces, sources
 from writehead.config import ModelConfig
 from writehead.costs import parameters, skeleton
 from writehead.train.loop import Trainer
+from writehead.train.start import begin
 
-TINY = Scale(dim=16, depth=1, steps=2, batch=2, vocab=280, tokens=200, seeds=2)
+PAIRS = "".join(f"a {n} dog runs\tein {n} Hund rennt\n" for n in range(60))
+TINY = {"dim": 16, "depth": 1, "steps": 2, "batch": 2, "vocab": 280, "tokens": 200, "seeds": 2}
+NOWHERE = Sources({"train": ["stdlib"]}, {"train": ["a.tsv"], "valid": ["b.tsv"]}, "c.tsv")
 
 
-def data(folder: Path) -> dict[str, list[str]]:
-    return {"train": [write(folder)], "valid": [write(folder, "held.txt", TEXT[:3000])]}
+def data(folder: Path) -> Sources:
+    return Sources({"train": [write(folder)], "valid": [write(folder, "held.txt", TEXT[:3000])]})
 
 
-def test_the_variants_of_head_sharing_have_equal_parameters() -> None:
-    sizes = {}
-    for piece in pieces(["lm"], {"train": ["stdlib"]}, Scale(seeds=1)):
-        config = ModelConfig.from_dict({"vocab": 2048, **piece.run.model})
-        sizes[piece.variant] = parameters(skeleton(config))
-    assert list(sizes) == ["multi-head", "multi-query", "1 head", "2 heads", "4 heads", "8 thin heads"]
-    assert max(sizes.values()) / min(sizes.values()) < 1.001
-    widths = [
-        p.run.model["feedforward"]["hidden"] for p in pieces(["lm"], {"train": ["stdlib"]}, Scale(seeds=1))
-    ]
-    assert widths[0] == 512 < widths[1] < widths[2]
-    assert len(set(widths[2:])) == 1  # the paper's four shrunk models have one width too
+def size(piece: evidence.Piece, vocab: int) -> int:
+    model = {"vocab": vocab, **piece.run.model}
+    if "encoder" in model:
+        model["encoder"] = {"vocab": vocab, **model["encoder"]}
+    return parameters(skeleton(ModelConfig.from_dict(model)))
+
+
+@pytest.mark.parametrize(("name", "vocab"), [("lm", 2048), ("translation", 3000)])
+def test_the_variants_of_head_sharing_have_equal_parameters(name: str, vocab: int) -> None:
+    found = {piece.variant: piece for piece in pieces([name], NOWHERE, seeds=1)}
+    assert set(HEADS) <= set(found)
+    sizes = [size(piece, vocab) for piece in found.values()]
+    assert max(sizes) / min(sizes) < 1.001
+    widths = {variant: piece.run.model["feedforward"]["hidden"] for variant, piece in found.items()}
+    assert widths["multi-head"] == 512 < widths["multi-query"] < widths["1 head"]
+    assert len({widths[v] for v in list(HEADS)[2:]}) == 1  # the paper's four shrunk models have one width too
+
+
+def test_translation_widens_as_the_paper_does() -> None:
+    found = {piece.variant: piece.run.model for piece in pieces(["translation"], NOWHERE, seeds=1)}
+    assert len(found) == 8
+    for variant, theirs in (("multi-query", 5440), ("multi-query local", 5440), ("8 thin heads", 6784)):
+        assert abs(found[variant]["feedforward"]["hidden"] / 512 - theirs / 4096) < 0.001
+        assert found[variant]["encoder"]["feedforward"] == found[variant]["feedforward"]
+    for variant, model in found.items():
+        assert (
+            model["cross"]["kv_heads"] == model["encoder"]["mixer"]["kv_heads"] == model["mixer"]["kv_heads"]
+        )
+        assert ("pattern" in model["mixer"]) == variant.endswith("local")
+        assert "pattern" not in model["encoder"]["mixer"]
 
 
 def test_seeds_come_one_after_the_other_over_all_variants() -> None:
-    found = pieces(["alibi", "lm"], {"train": ["stdlib"]}, Scale(seeds=2))
+    found = pieces(["alibi", "lm"], NOWHERE, seeds=2)
     assert [p.seed for p in found] == [0] * 11 + [1] * 11
     assert all(p.run.seed == p.seed for p in found)
     with pytest.raises(ValueError, match="unknown experiment 'lmm'; did you mean 'lm'"):
-        pieces(["lmm"], {}, Scale())
+        pieces(["lmm"], NOWHERE)
+
+
+def test_a_piece_is_known_by_what_it_does_not_by_where_its_data_is() -> None:
+    (piece,) = pieces(["lm"], NOWHERE, seeds=1)[:1]
+    moved = Sources({"train": ["/elsewhere/stdlib"]})
+    assert pieces(["lm"], moved, seeds=1)[0].key == piece.key
+    assert pieces(["lm"], NOWHERE, seeds=1, steps=7)[0].key != piece.key
+    assert "clip" not in json.dumps(piece.key)  # defaults, and so options yet to come, are no part of it
 
 
 @pytest.mark.slow
 def test_work_that_was_stopped_goes_on_and_nothing_is_done_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    todo = pieces(["alibi"], data(tmp_path), TINY)[:3]
+    todo = pieces(["alibi"], data(tmp_path), **TINY)[:3]
     train, began = Trainer.train, []
 
     def stopped(self: Trainer) -> Path:
@@ -56,38 +86,69 @@ def test_work_that_was_stopped_goes_on_and_nothing_is_done_twice(
         return train(self)
 
     monkeypatch.setattr(Trainer, "train", stopped)
+    out, runs = tmp_path / "out", tmp_path / "runs"
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        work(todo, tmp_path / "out", said.append)
-    with (tmp_path / "out" / "results.jsonl").open("a") as file:
+        work(todo, out, runs, said.append)
+    with (out / "results.jsonl").open("a") as file:
         file.write('{"piece": ["torn')  # what a crash while writing leaves
-    assert [r["piece"][1] for r in records(tmp_path / "out")] == ["sinusoidal"]
-    work(todo, tmp_path / "out", said.append)
+    assert [r["piece"][1] for r in records(out)] == ["sinusoidal"]
+    pages: list[int] = []
+    work(todo, out, runs, said.append, lambda: pages.append(len(records(out))))
     assert began == ["sinusoidal", "learned", "learned", "rotary"]
-    found = evidence.of(todo, tmp_path / "out")
+    assert pages == [2, 3]
+    found = evidence.of(todo, out)
     assert [r["piece"][1] for r in found] == ["sinusoidal", "learned", "rotary"]
-    assert list(found[0]["results"]) == [
-        f"{word} {64 * n}" for n in evidence.LONGER for word in ("apart", "sliding")
-    ]
+    assert list(found[0]["results"]) == [f"{word} {64 * n}" for n in LONGER for word in ("apart", "sliding")]
     assert all(0 < nats < 10 for r in found for nats in r["results"].values())
     assert found[0]["machine"]["versions"]["torch"]
+    assert found[0]["from_step"] == 0
+    assert found[0]["cpu_seconds_of_a_step"] > 0
 
 
-def test_a_table_has_means_spreads_and_the_papers_figures() -> None:
-    def record(variant: str, seed: int, nats: float, paper: float | None) -> dict:
-        return {"piece": ["lm", variant, seed], "results": {"nats": nats}, "parameters": 1234, "paper": paper}
+def test_a_piece_that_another_process_trains_is_left_to_it(tmp_path: Path) -> None:
+    todo = pieces(["lm"], data(tmp_path), **TINY)[:1]
+    said: list[str] = []
+    folder = tmp_path / f"lm-multi-head-seed-0-{evidence.digest(todo[0].key)[:8]}"
+    with begin(todo[0].run, folder, device="cpu"):
+        work(todo, tmp_path, tmp_path, said.append)
+    assert said == ["lm, multi-head, seed 0: another process is at it"]
+    assert not records(tmp_path)
 
-    text = table([record("a", 0, 2.0, 29.9), record("b", 0, 3.0, None), record("a", 1, 2.5, 29.9)], "lm")
-    assert "| a | 1,234 | 2 | 2.250 ± 0.354 | 29.9 |" in text
-    assert "| b | 1,234 | 1 | 3.000 |  |" in text
-    assert all(len(re.findall(r"\|", line)) == 6 for line in text.splitlines())
+
+@pytest.mark.slow
+def test_translations_are_scored_on_the_test_set(tmp_path: Path) -> None:
+    pytest.importorskip("sacrebleu", reason="needs the extra translate")
+    files = [write(tmp_path, f"{name}.tsv", PAIRS) for name in ("train", "valid", "test")]
+    known = Sources({"train": ["stdlib"]}, {"train": files[:1], "valid": files[1:2]}, files[2])
+    todo = pieces(["translation"], known, **{**TINY, "tokens": 7, "seeds": 1})[:1]
+    work(todo, tmp_path / "out", tmp_path / "runs", lambda text: None)
+    (record,) = records(tmp_path / "out")
+    assert set(record["results"]) == {"ln PPL", "BLEU greedy", "BLEU beam 4"}
+    assert record["scored"] == 7
+    assert "case:lc" in record["signature"]
+    evidence_pages.write(todo, tmp_path / "out", ())
+    assert record["signature"] in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_where_wikitext_is_missing_it_is_said(tmp_path: Path) -> None:
-    section, said = evidence.sources(tmp_path)
-    assert section == {"train": ["stdlib"]}
-    assert "wanted: wikitext2.train.txt.gz, wikitext2.valid.txt.gz" in said
+@pytest.mark.skipif(find_spec("sacrebleu") is not None, reason="sacreBLEU is installed")
+def test_a_missing_scorer_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"translations are scored with sacreBLEU: pip install"):
+        work(pieces(["translation"], NOWHERE, **TINY), tmp_path, tmp_path)
+
+
+def test_where_data_is_missing_it_is_said(tmp_path: Path) -> None:
+    found = sources(tmp_path)
+    assert found.text == {"train": ["stdlib"]}
+    assert found.parallel is None
+    assert "wanted: wikitext2.train.txt.gz, wikitext2.valid.txt.gz" in found.said[0]
+    assert "multi30k.en-de.test_2016_flickr.tsv.gz" in found.said[1]
+    assert pieces(["translation"], found) == []
     for part in ("train", "valid"):
         write(tmp_path, f"wikitext2.{part}.txt.gz", "x")
-    assert evidence.sources(tmp_path)[0]["valid"] == [str(tmp_path / "wikitext2.valid.txt.gz")]
-    assert json.dumps(section)
+    for part in ("train", "val", "test_2016_flickr"):
+        write(tmp_path, MULTI30K.format(part), "x")
+    found = sources(tmp_path)
+    assert found.text["valid"] == [str(tmp_path / "wikitext2.valid.txt.gz")]
+    assert found.tested == str(tmp_path / MULTI30K.format("test_2016_flickr"))
+    assert json.dumps(found.parallel)

@@ -46,35 +46,51 @@ def train(
 
 
 def evidence(
-    experiments: Annotated[list[str] | None, typer.Argument(help="lm, alibi; default all.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with WikiText-2; without it Python's own sources are used.")
+    experiments: Annotated[
+        list[str] | None, typer.Argument(help="translation, lm, alibi, speed; default all.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of records, runs and tables.")] = Path("docs/evidence"),
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of a run.")] = 1200,
-    dim: Annotated[int, typer.Option(min=8, help="Width of the models, a multiple of 8.")] = 128,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with WikiText-2 and Multi30k; what is missing is said.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of records, tables and plots.")] = Path("docs/evidence"),
+    runs: Annotated[Path | None, typer.Option(help="Folder of the runs; default OUT/runs.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each variant; default 3.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of a run.")] = None,
+    dim: Annotated[int | None, typer.Option(min=8, help="Width of the models, a multiple of 8.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
+    pages: Annotated[bool, typer.Option("--pages", help="Only write tables and plots anew.")] = False,
 ) -> None:
     """Run the experiments that check the papers' claims, piece by piece; what was stopped goes on."""
     import torch
 
-    from writehead.bench import evidence
+    from writehead.bench import evidence, evidence_pages, translation_speed
+    from writehead.bench.experiments import EXPERIMENTS, pieces, sources
     from writehead.cli.output import say
-    from writehead.convert.files import replacing
+    from writehead.core.shapes import check_choice
     from writehead.core.system import cores
 
     torch.set_num_threads(threads or cores())
-    section, said = evidence.sources(data)
-    names = experiments or list(evidence.EXPERIMENTS)
-    todo = evidence.pieces(names, section, evidence.Scale(dim=dim, steps=steps, seeds=seeds))
-    say(said)
-    evidence.work(todo, out, say)
-    for name in names:
-        text = evidence.table(evidence.of(todo, out), name)
-        with replacing(out / f"{name}.md") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        typer.echo(text)
+    for name in experiments or ():
+        check_choice("experiment", name, (*EXPERIMENTS, "speed"))
+    names = experiments or [*EXPERIMENTS, "speed"]
+    found = sources(data)
+    for line in found.said:
+        say(line)
+    given = {"seeds": seeds, "steps": steps, "dim": dim}
+    scale = {name: value for name, value in given.items() if value is not None}
+    planned = pieces(list(EXPERIMENTS), found, **scale)
+    todo = [] if pages else pieces([name for name in names if name in EXPERIMENTS], found, **scale)
+
+    def write() -> None:
+        evidence_pages.write(planned, out, found.said)
+
+    if "speed" in names and not pages and translation_speed.read_speed(out) is None:
+        shape = translation_speed.Shape()
+        translation_speed.write_speed(translation_speed.measure(shape, say=say), shape, out)
+        write()
+    evidence.work(todo, out, runs or out / "runs", say, write)
+    write()
+    typer.echo(f"written: {out / 'README.md'} and its plots", err=True)
 
 
 def scaling(

@@ -51,9 +51,11 @@ def translation(
     *,
     num_beams: int = 4,
     length_penalty: float = 1.0,
+    beam_rule: str = "power",
     lowercase: bool = False,
     batch: int = 32,
     fields: tuple[str, str] | None = None,
+    most: int | None = None,
 ) -> Translation:
     """Translate sources and compare with their references.
 
@@ -61,10 +63,11 @@ def translation(
         model: in evaluation mode.
         tokenizer: of both languages.
         sources: as data.train of a run of parallel text.
-        num_beams, length_penalty: of the search; 1 beam is greedy.
+        num_beams, length_penalty, beam_rule: of the search, as `generate` takes them; 1 beam is greedy.
         lowercase: compare without case.
         batch: sentences translated together.
         fields: keys of JSONL lines: source and target.
+        most: the first sentences only, so many.
 
     Raises:
         ValueError: sacreBLEU is not installed, or the data is malformed.
@@ -72,8 +75,8 @@ def translation(
     if find_spec("sacrebleu") is None:
         raise ValueError("BLEU needs the package sacrebleu: pip install sacrebleu")
     bleu: Any = importlib.import_module("sacrebleu.metrics").BLEU(lowercase=lowercase)
-    given = list(pairs(sources, fields or FIELDS["parallel"]))  # type: ignore[arg-type]
-    said = translate(model, tokenizer, [a for a, _ in given], num_beams, length_penalty, batch)
+    given = list(pairs(sources, fields or FIELDS["parallel"]))[:most]  # type: ignore[arg-type]
+    said = translate(model, tokenizer, [a for a, _ in given], num_beams, length_penalty, batch, beam_rule)
     found = bleu.corpus_score(said, [[b for _, b in given]])
     nll = reference_nats(model, tokenizer, given, batch)
     return Translation(found.score, str(bleu.get_signature()), nll, len(given), tuple(said))
@@ -86,6 +89,7 @@ def translate(
     num_beams: int = 4,
     length_penalty: float = 1.0,
     batch: int = 32,
+    beam_rule: str = "power",
 ) -> list[str]:
     """The model's translation of each source; sources of about one length are translated together.
 
@@ -105,6 +109,7 @@ def translate(
             tokenizer=tokenizer,
             num_beams=num_beams,
             length_penalty=length_penalty if num_beams > 1 else 1.0,
+            beam_rule=beam_rule if num_beams > 1 else "power",
             max_new_tokens=limit,
             decoder_start_token_id=start_token(tokenizer),
         )

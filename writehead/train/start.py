@@ -30,6 +30,10 @@ RUN, DATA, LOCK = "run.yaml", "data", ".lock"
 FREE = ("loop.steps", "loop.accumulate", "loop.strategy", "loop.recompute")  # a run may go on with others
 
 
+class Busy(ValueError):
+    """Another process trains into the folder."""
+
+
 @contextmanager
 def begin(
     run: RunConfig, out: Path, *, resume: str = "never", device: str | None = None
@@ -244,7 +248,7 @@ def _locked(out: Path, first: bool) -> Iterator[None]:
     """Hold the folder against a second run.
 
     Raises:
-        ValueError: another process trains into it.
+        Busy: another process trains into it.
     """
     if not first or os.name != "posix":
         yield
@@ -255,5 +259,5 @@ def _locked(out: Path, first: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is training into {out}") from None
+            raise Busy(f"another process is training into {out}") from None
         yield

@@ -1,0 +1,93 @@
+"""The page of the evidence says what is missing, and claims only what its records show."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from writehead.bench.evidence_pages import by_variant, paired, section, write
+from writehead.bench.experiments import LONGER, Piece, Sources, pieces
+
+DATA = Sources({"train": ["stdlib"]}, {"train": ["a.tsv"], "valid": ["b.tsv"]}, "c.tsv")
+MACHINE = {"cpu": "a chip", "commit": "0123456789abcdef", "threads": 1}
+
+
+def record(piece: Piece, results: dict[str, float]) -> dict[str, Any]:
+    facts = {"signature": "nrefs:1|case:lc", "scored": 1000, "cpu_seconds_of_a_step": 2.0}
+    return {"piece": piece.key, "results": results, "parameters": 1234, "machine": MACHINE, **facts}
+
+
+def translated(bleu: dict[str, float], seeds: int = 1) -> tuple[list[Piece], list[dict[str, Any]]]:
+    planned = pieces(["translation"], DATA, seeds=2)
+    done = [piece for piece in planned if piece.variant in bleu and piece.seed < seeds]
+    scores = {"ln PPL": 2.0, "BLEU greedy": 20.0}
+    found = [record(p, {**scores, "BLEU beam 4": bleu[p.variant] + p.seed}) for p in done]
+    return planned, found
+
+
+def test_a_partial_page_names_the_runs_that_are_missing() -> None:
+    text = "\n".join(section("translation", *translated({"multi-head": 30.0, "1 head": 29.0})))
+    assert "**2 of 16 runs are done.** Missing: multi-head (seed 1); multi-query; multi-head local" in text
+    assert "| multi-head | 8 x 16 | 512 | 1,234 | 1 | 2.000 | 20.00 | 30.00 | 1.424 | 26.7 | 28.4 |" in text
+    assert "| multi-query | 8 x 16, 1 shared | 680 |  | 0 |  |  |  | 1.439 | 26.5 | 28.5 |" in text
+    assert "Multi-query less" not in text
+
+
+def test_nothing_is_claimed_before_a_run_is_done() -> None:
+    planned, _ = translated({})
+    text = "\n".join(section("translation", planned, []))
+    assert "**0 of 16 runs are done.**" in text
+    assert "holds" not in text
+
+
+@pytest.mark.parametrize(("shared", "verdict"), [(29.5, "holds"), (29.3, "**does not hold**")])
+def test_multi_query_may_lose_six_tenths(shared: float, verdict: str) -> None:
+    text = "\n".join(section("translation", *translated({"multi-head": 30.0, "multi-query": shared})))
+    assert f"{shared - 30:+.2f} BLEU (mean of 1 paired seeds). Within 0.6 BLEU: {verdict}." in text
+
+
+def test_a_shrunk_baseline_that_is_not_beaten_is_shown() -> None:
+    planned, found = translated({"multi-query": 29.0, "1 head": 28.0, "2 heads": 29.5})
+    text = "\n".join(section("translation", planned, found))
+    assert "1 head +1.00, 2 heads -0.50. Ahead of every one: **does not hold** (of 2 of 4 so far)." in text
+
+
+def test_only_seeds_that_both_have_are_compared() -> None:
+    _, some = translated({"multi-query": 29.0}, seeds=2)
+    _, other = translated({"multi-head": 28.0})
+    rows = by_variant([*some, *other])
+    score = lambda r: r["results"]["BLEU beam 4"]  # noqa: E731
+    assert paired(rows, "multi-query", "multi-head", score) == (1.0, 1)
+    assert paired(rows, "multi-query", "1 head", score) is None
+
+
+def test_a_mean_has_its_spread() -> None:
+    text = "\n".join(section("translation", *translated({"multi-head": 30.0}, seeds=2)))
+    assert "| 2 | 2.000 ± 0.000 | 20.00 ± 0.00 | 30.50 ± 0.71 |" in text
+
+
+def test_lengths_beyond_training_are_judged(tmp_path: Path) -> None:
+    planned = [p for p in pieces(["alibi"], DATA, seeds=1) if p.variant in ("alibi", "sinusoidal")]
+    found = []
+    for piece in planned:
+        worse = 0.2 if piece.variant == "sinusoidal" else -0.01
+        results = {f"{w} {64 * t}": 4 + worse * t for t in LONGER for w in ("apart", "sliding")}
+        found.append(record(piece, results))
+    text = "\n".join(section("alibi", planned, found))
+    assert "- sinusoidal, apart: perplexity at 512 is 4.06 times that at 64: **rising**." in text
+    assert "- alibi, sliding: perplexity at 512 is 0.93 times that at 64: flat or falling." in text
+
+
+@pytest.mark.slow
+def test_the_page_and_its_plots_come_from_the_records_of_the_folder(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    planned, found = translated({"multi-head": 30.0, "multi-query": 29.9})
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+    write([*planned, *pieces(["lm"], DATA, seeds=1)], tmp_path, ["Multi30k"])
+    text = (tmp_path / "README.md").read_text()
+    assert "**2 of 16 runs are done.**" in text
+    assert "**0 of 6 runs are done.**" in text
+    assert "Not measured yet" in text
+    assert (tmp_path / "translation.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "lm.png").exists()
