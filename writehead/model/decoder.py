@@ -14,7 +14,7 @@ from writehead.core.positions import advance
 from writehead.core.shapes import check_shape
 from writehead.core.state import Node, Once, State, apply, join, rewind, select, tensors
 from writehead.mixer import Aux
-from writehead.model.parts import Embedding, build_position, build_stack
+from writehead.model.parts import build_embedding, build_position, build_stack
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
             raise ValueError("this config describes an encoder; build it with Encoder")
         self.config = config
         position = build_position(config)
-        self.embedding = Embedding(config, position, table)
+        self.embedding = build_embedding(config, position, table)
         self.stack = build_stack(config, position)
 
     def init_state(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from writehead.catalog import FEEDFORWARDS, MIXERS, POSITIONS, STACKS, argument, build, find, load
+from writehead.catalog import FEEDFORWARDS, MIXERS, PIXELS, POSITIONS, STACKS, argument, build, find, load
 from writehead.config import ModelConfig
 from writehead.core.bind import Of, itself, product
 from writehead.core.positions import Positions
@@ -62,6 +62,19 @@ class Embedding(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """x (..., X) -> (..., V)."""
         return self.bind_logits()(x)
+
+
+def build_embedding(config: ModelConfig, position: Scheme, table: nn.Parameter | None) -> Any:
+    """What turns tokens into vectors and vectors into logits: an `Embedding`, or that of pixels.
+
+    Raises:
+        ValueError: images that do not fit the config.
+    """
+    if config.pixels is None:
+        return Embedding(config, position, table)
+    if output_width(config) != config.dim:
+        raise ValueError('a model of pixels reads vectors of width dim: its stack needs output="mean"')
+    return build(PIXELS, config.pixels, dim=config.dim, vocab=config.vocab, position=position)
 
 
 def output_width(config: ModelConfig) -> int:
