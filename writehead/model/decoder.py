@@ -116,7 +116,8 @@ class Decoder(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The last layer's output (..., X) -> (..., V)."""
-        return self.embedding.logits(x)
+        logits: Tensor = self.embedding.logits(x)
+        return logits
 
     def step(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
         """tokens (B, T), -1 = padding -> logits (B, T, V) and the state after them; `state` is consumed."""

@@ -1,4 +1,4 @@
-"""Models of images: pixels in, and out a distribution over their levels, categorical or a mixture of logistics.
+"""Models of images: pixels in, a distribution over their levels out, categorical or a mixture of logistics.
 
 Paper     Parmar, Vaswani, Uszkoreit, Kaiser, Shazeer, Ku, Tran 2018, "Image Transformer", arXiv:1802.05751;
           Salimans, Karpathy, Chen, Kingma 2017, "PixelCNN++", arXiv:1701.05517 (the mixture)
@@ -6,10 +6,10 @@ Equation  x_p = E_c[level of the position before p], c its channel; categorical:
           logistics: P(v) = sum_k pi_k (F((v + 1/2 - m_k) / s_k) - F((v - 1/2 - m_k) / s_k)), F the logistic
           function, the lowest and the highest level take the tails
 State     none
-Cost      O(X) a position, and levels X (categorical) or 3 mixtures X + 3 mixtures levels (logistics) for its output
+Cost      O(X) a position for its input, levels X (categorical) or mixtures (3 X + levels) for its output
 Decodes   position after position, in the order of `Frame`; the first one follows the token `levels`
-Differs   every channel is a position of its own for both outputs, so the mixture needs no linear terms between
-          channels and no convolution that merges them
+Differs   every channel is a position of its own for both outputs, so the mixture needs no linear terms
+          between channels and no convolution that merges them
 """
 
 from collections.abc import Callable
@@ -71,7 +71,8 @@ class Frame:
             return position
         image = blocks(self.height, self.width * self.channels, list(self.patch))
         row, column = image.pixel(position)
-        return row * image.width + column
+        places: Tensor = row * image.width + column
+        return places
 
     def tokens(self, images: Tensor) -> Tensor:
         """uint8 images (N, height, width, channels) -> levels (N, length) int64 in the order of positions."""

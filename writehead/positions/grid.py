@@ -1,4 +1,4 @@
-"""Grid positions: a trained vector for each row, column and channel of an image, added up ("attention embeddings").
+"""Grid positions, or learned attention embeddings: a vector for each row, column and channel, added up.
 
 Paper     Child, Gray, Radford, Sutskever 2019, "Generating Long Sequences with Sparse Transformers",
           arXiv:1904.10509
@@ -71,4 +71,4 @@ def blocks(height: int, width: int, patch: list[int]) -> Image2D:
         raise ValueError(f"patch={patch} must be two numbers of at least 1: rows and columns")
     check_multiple("the image's height", height, "patch rows", patch[0])
     check_multiple("the image's width in positions", width, "patch columns", patch[1])
-    return Image2D(width, *patch, 0, 0)
+    return Image2D(width, patch[0], patch[1], 0, 0)

@@ -131,23 +131,19 @@ def _read(path: Path, name: str | None, frame: Frame) -> Bytes:
         return _picture(path, frame)
     try:
         found = np.load(path)  # never of objects: NumPy refuses pickles unless told otherwise
-        if not isinstance(found, np.lib.npyio.NpzFile):
-            return np.asarray(found)
-        with found:
-            there = {key: found[key] for key in found.files} if name is None else {}
-            if name is None:
-                there = {k: v for k, v in there.items() if v.ndim in (3, 4) and v.dtype == np.uint8}
-                if len(there) != 1:
-                    raise ValueError(
-                        f"{path}: holds {len(there)} arrays of images ({', '.join(there) or 'none'}); name one: "
-                        f"{path.name}:NAME"
-                    )
-                return next(iter(there.values()))
-            if name not in found.files:
-                raise ValueError(f"{path}: has no array {shown(name)} (it has {', '.join(found.files)})")
-            return np.asarray(found[name])
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        held = dict(found) if isinstance(found, np.lib.npyio.NpzFile) else {"": np.asarray(found)}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: is no array of NumPy: {error}") from error
+    if name is None and "" not in held:
+        held = {key: value for key, value in held.items() if value.ndim in (3, 4) and value.dtype == np.uint8}
+        if len(held) != 1:
+            raise ValueError(
+                f"{path}: holds {len(held)} arrays of images ({', '.join(held) or 'none'}); name one: "
+                f"{path.name}:NAME"
+            )
+    elif name is not None and name not in held:
+        raise ValueError(f"{path}: has no array {shown(name)} (it has {', '.join(held)})")
+    return held[name] if name is not None else next(iter(held.values()))
 
 
 def _picture(path: Path, frame: Frame) -> Bytes:
