@@ -14,6 +14,7 @@ from writehead.core.shapes import check_choice
 
 VERSION = 1
 KINDS = ("decoder", "encoder", "seq2seq")
+INITS = ("parts", "sparse", "axial")
 MOST = {"vocab": 1 << 31, "dim": 1 << 20, "depth": 1 << 13}  # far beyond any model: more is a mistake
 
 
@@ -32,6 +33,8 @@ class ModelConfig:
         embed_scale, embed_norm: a factor on the token embeddings; a LayerNorm after them.
         logit_scale, head_bias: a factor on the last hidden state; a bias on the logits.
         max_context: tokens the model was made for; a statement, enforced where positions end.
+        init: how weights begin: "parts", as each part makes its own, or as in the papers of "sparse" and
+            "axial".
         pixels: a spec, if a decoder is a model of images: how pixels come in and out in place of tokens.
     """
 
@@ -51,6 +54,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     head_bias: bool = False
     max_context: int | None = None
+    init: str = "parts"
     pixels: Spec | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +70,9 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number")
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"max_context={self.max_context} must be at least 1")
+        check_choice("init", self.init, INITS)
+        if self.init != "parts" and self.kind != "decoder":
+            raise ValueError(f"init={self.init!r} is for models of kind 'decoder'; got kind={self.kind!r}")
         if self.pixels is not None:
             self._check_pixels()
         if {self.cross is None, self.encoder is None} != {self.kind != "seq2seq"}:
@@ -175,6 +182,7 @@ def _check(key: str, value: Any) -> None:
         "head_bias": (bool,),
         "max_context": (int, type(None)),
         "kind": (str,),
+        "init": (str,),
         "encoder": (Mapping, type(None)),
     }
     accepted = kinds.get(key, (object,))

@@ -134,8 +134,9 @@ def build_stack(config: ModelConfig, position: Scheme) -> nn.Module:
         ValueError: a mixer that cannot decode in a decoder or cannot encode in an encoder.
     """
     layers = []
-    for index in range(config.depth):
-        spec = config.layer("mixer", index)
+    chosen = getattr(load(find(STACKS, config.stack)), "mixers_of", None)  # a stack may choose its mixers
+    specs = [config.layer("mixer", i) for i in range(config.depth)] if chosen is None else chosen(config)
+    for index, spec in enumerate(specs):
         row = find(MIXERS, spec)
         if row.target.startswith("mixers.cross:"):
             raise ValueError(
@@ -145,7 +146,9 @@ def build_stack(config: ModelConfig, position: Scheme) -> nn.Module:
         causal = getattr(mixer, "pattern", None) is None or mixer.pattern.causal
         if config.kind == "encoder" and not hasattr(mixer, "encode"):
             raise ValueError(f"mixer {row.name!r} has no bidirectional form; it serves decoders only")
-        if config.kind != "encoder" and (not hasattr(mixer, "init_state") or not causal):
+        if config.kind == "encoder" and chosen is not None:
+            raise ValueError(f"the {config.stack['name']} stack decodes; it serves decoders only")
+        if config.kind != "encoder" and chosen is None and (not hasattr(mixer, "init_state") or not causal):
             raise ValueError(
                 f"mixer {row.name!r} reads tokens after the query, so it cannot decode; it serves encoders"
             )
