@@ -6,12 +6,18 @@ import re
 import pytest
 import torch
 
-from writehead.catalog import FEEDFORWARDS, MIXERS, POSITIONS, STACKS, argument, build, find, load
+from writehead.catalog import FEEDFORWARDS, MIXERS, PIXELS, POSITIONS, STACKS, argument, build, find, load
 from writehead.core.pattern import Causal, Full, Leading, Window
 from writehead.core.positions import Positions
 from writehead.laws import build_tiny
 
-TABLES = {"mixers": MIXERS, "feedforwards": FEEDFORWARDS, "positions": POSITIONS, "stacks": STACKS}
+TABLES = {
+    "mixers": MIXERS,
+    "feedforwards": FEEDFORWARDS,
+    "positions": POSITIONS,
+    "stacks": STACKS,
+    "pixels": PIXELS,
+}
 ROWS = [pytest.param(table, row, id=row.name) for table in TABLES.values() for row in table.values()]
 
 

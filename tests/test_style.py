@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import writehead
-from writehead.catalog import FEEDFORWARDS, MIXERS, POSITIONS, STACKS, load
+from writehead.catalog import FEEDFORWARDS, MIXERS, PIXELS, POSITIONS, STACKS, load
 
 ROOT = Path(writehead.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -17,8 +17,8 @@ MECHANISMS = [
     path
     for room in ("mixers", "positions", "feedforward", "stacks")
     for path in sorted((ROOT / room).glob("[a-z]*.py"))
-]
-ROWS = [row for table in (MIXERS, FEEDFORWARDS, POSITIONS, STACKS) for row in table.values()]
+] + [ROOT / "model" / "pixels.py"]
+ROWS = [row for table in (MIXERS, FEEDFORWARDS, POSITIONS, STACKS, PIXELS) for row in table.values()]
 # each room may import from the lines above its own, and from itself
 ROOMS = (
     ("version",),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from writehead.version import VERSION
 
 if TYPE_CHECKING:
-    from writehead.catalog import FEEDFORWARDS, MIXERS, POSITIONS, STACKS, build
+    from writehead.catalog import FEEDFORWARDS, MIXERS, PIXELS, POSITIONS, STACKS, build
     from writehead.config import ModelConfig
     from writehead.convert.load import load, save
     from writehead.convert.packed import load_packed, save_packed
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 _HOMES = {
-    "catalog": ("FEEDFORWARDS", "MIXERS", "POSITIONS", "STACKS", "build"),
+    "catalog": ("FEEDFORWARDS", "MIXERS", "PIXELS", "POSITIONS", "STACKS", "build"),
     "config": ("ModelConfig",),
     "convert.load": ("load", "save"),
     "convert.packed": ("load_packed", "save_packed"),
@@ -44,6 +44,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "FEEDFORWARDS",
     "MIXERS",
+    "PIXELS",
     "POSITIONS",
     "STACKS",
     "CannotRewind",

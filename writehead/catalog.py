@@ -168,6 +168,8 @@ POSITIONS = _table(
         "a trained vector for each position, up to a limit"),
     Row("axial", "positions.axial:Axial", "arXiv:2001.04451", "position", "O(T)", "O(1)",
         "trained vectors put together from a small table for each axis of a grid of positions"),
+    Row("grid", "positions.grid:Grid", "arXiv:1904.10509", "position", "O(T)", "O(1)",
+        "trained vectors of an image's rows, columns and channels, added up"),
     Row("rotary", "positions.rope:Rotary", "arXiv:2104.09864", "position", "O(T)", "O(1)",
         "pairs of query and key coordinates turn with the position"),
     Row("alibi", "positions.alibi:ALiBi", "arXiv:2108.12409", "position", "O(T S)", "O(1)",
@@ -181,6 +183,16 @@ STACKS = _table(
         "pre-norm, post-norm or parallel residual blocks"),
     Row("reversible", "stacks.reversible:Reversible", "arXiv:2001.04451", "stack", "O(depth)", "O(depth)",
         "two streams from which inputs are found again: training memory does not grow with depth"),
+    Row("axial", "stacks.axial:Axial", "arXiv:1912.12180", "stack", "O(T sqrt T)", "O(S)",
+        "images: an outer decoder over whole rows, an inner one along the row at hand",
+        {"image_width": 32}),
+)  # fmt: skip
+
+PIXELS = _table(
+    Row("categorical", "model.pixels:Categorical", "arXiv:1802.05751", "pixels", "O(T)", "O(1)",
+        "images: an embedding for each level of each channel, logits over the levels"),
+    Row("logistics", "model.pixels:Logistics", "arXiv:1701.05517", "pixels", "O(T)", "O(1)",
+        "images: the levels' probabilities from a mixture of logistic distributions"),
 )  # fmt: skip
 
 
@@ -188,7 +200,7 @@ def build(table: Mapping[str, Row], spec: Spec, **context: Any) -> Any:
     """Make what a spec describes.
 
     Args:
-        table: MIXERS, FEEDFORWARDS, POSITIONS or STACKS.
+        table: MIXERS, FEEDFORWARDS, POSITIONS, STACKS or PIXELS.
         spec: the row's name and arguments of its constructor, which go over the row's preset.
         context: arguments that the caller supplies (dim, heads, position, ...); those that the
             constructor does not take are left out.

@@ -14,6 +14,7 @@ from writehead.core.shapes import check_choice
 
 VERSION = 1
 KINDS = ("decoder", "encoder", "seq2seq")
+INITS = ("parts", "sparse", "axial")
 MOST = {"vocab": 1 << 31, "dim": 1 << 20, "depth": 1 << 13}  # far beyond any model: more is a mistake
 
 
@@ -32,6 +33,9 @@ class ModelConfig:
         embed_scale, embed_norm: a factor on the token embeddings; a LayerNorm after them.
         logit_scale, head_bias: a factor on the last hidden state; a bias on the logits.
         max_context: tokens the model was made for; a statement, enforced where positions end.
+        init: how weights begin: "parts", as each part makes its own, or as in the papers of "sparse" and
+            "axial".
+        pixels: a spec, if a decoder is a model of images: how pixels come in and out in place of tokens.
     """
 
     vocab: int
@@ -50,6 +54,8 @@ class ModelConfig:
     logit_scale: float = 1.0
     head_bias: bool = False
     max_context: int | None = None
+    init: str = "parts"
+    pixels: Spec | None = None
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
@@ -64,6 +70,11 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number")
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"max_context={self.max_context} must be at least 1")
+        check_choice("init", self.init, INITS)
+        if self.init != "parts" and self.kind != "decoder":
+            raise ValueError(f"init={self.init!r} is for models of kind 'decoder'; got kind={self.kind!r}")
+        if self.pixels is not None:
+            self._check_pixels()
         if {self.cross is None, self.encoder is None} != {self.kind != "seq2seq"}:
             raise ValueError(
                 f"kind={self.kind!r}: cross and encoder belong to a seq2seq model, which needs both"
@@ -78,6 +89,14 @@ class ModelConfig:
                 f"encoder and decoder share their embeddings, so encoder must have vocab={self.vocab}; "
                 f"got vocab={self.encoder.vocab}"
             )
+
+    def _check_pixels(self) -> None:
+        """Raise where a model of images is asked for what only tokens have."""
+        if self.kind != "decoder":
+            raise ValueError(f"pixels belong to a model of kind 'decoder'; got kind={self.kind!r}")
+        for name in ("embed_scale", "embed_norm", "logit_scale", "head_bias"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={getattr(self, name)} is for tokens; a model of pixels has none")
 
     def layer(self, which: str, index: int) -> Spec:
         """The mixer or feedforward spec of one layer."""
@@ -149,8 +168,8 @@ class ModelConfig:
 
 def _check(key: str, value: Any) -> None:
     """Raise unless a config value has the type of its key."""
-    specs = key in ("mixer", "feedforward", "position", "stack", "cross")
-    if specs and not (value is None and key == "cross"):
+    specs = key in ("mixer", "feedforward", "position", "stack", "cross", "pixels")
+    if specs and not (value is None and key in ("cross", "pixels")):
         for spec in value if isinstance(value, tuple) else (value,):
             if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
                 raise ValueError(f"{key} must be a spec such as {{'name': ...}}; got {spec!r}")
@@ -163,6 +182,7 @@ def _check(key: str, value: Any) -> None:
         "head_bias": (bool,),
         "max_context": (int, type(None)),
         "kind": (str,),
+        "init": (str,),
         "encoder": (Mapping, type(None)),
     }
     accepted = kinds.get(key, (object,))

@@ -127,6 +127,8 @@ def state_bytes(model: Decoder | Seq2Seq, call: Call) -> int:
     decoder = model.decoder if isinstance(model, Seq2Seq) else model
     context = call.context + call.tokens
     total = 8 * call.batch  # the position of each row's next token
+    if hasattr(decoder.stack, "state_bytes"):
+        return total + int(decoder.stack.state_bytes(call.batch, context, call.itemsize, call.store))  # type: ignore[operator]
     layouts: list[Layout] = []
     for block in _blocks(decoder):
         mixer = cast(Any, block.mixer)

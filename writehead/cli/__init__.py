@@ -27,7 +27,10 @@ VERBS = {
     "generate": Verb("writehead.cli.generate:command", "Continue a prompt with a model, token by token."),
     "convert": Verb("writehead.cli.convert:command", "Write a model in another type: float, int8 or int4."),
     "train": Verb("writehead.cli.train:command", "Train a model on your text; resume after a crash."),
-    "evaluate": Verb("writehead.cli.evaluate:command", "Perplexity, accuracy or BLEU of a model."),
+    "evaluate": Verb(
+        "writehead.cli.evaluate:command", "Perplexity, accuracy, BLEU or bits per dimension of a model."
+    ),
+    "sample": Verb("writehead.cli.sample:command", "Draw images from a model of pixels."),
     "plan": Verb("writehead.cli.plan:command", "What a model costs: memory, bytes and time of a token."),
     "systems": Verb("writehead.cli.systems:command", "List every system of the catalog."),
     "show": Verb("writehead.cli.show:command", "Explain one system: its card, its costs, who sees whom."),

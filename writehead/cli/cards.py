@@ -10,9 +10,15 @@ from typing import Any, NamedTuple
 
 import typer
 
-from writehead.catalog import FEEDFORWARDS, MIXERS, POSITIONS, STACKS, Row, load
+from writehead.catalog import FEEDFORWARDS, MIXERS, PIXELS, POSITIONS, STACKS, Row, load
 
-TABLES = {"mixers": MIXERS, "feed-forward layers": FEEDFORWARDS, "positions": POSITIONS, "stacks": STACKS}
+TABLES = {
+    "mixers": MIXERS,
+    "feed-forward layers": FEEDFORWARDS,
+    "positions": POSITIONS,
+    "stacks": STACKS,
+    "pixels": PIXELS,
+}
 FIELDS = ("Paper", "Equation", "State", "Cost", "Decodes", "Differs")
 REQUIRED = "(required)"
 WORDS = {"True": True, "False": False, "None": None}
@@ -63,9 +69,7 @@ def arguments(row: Row) -> list[Argument]:
     """What a config may set, beside what the model itself supplies (dim, the position scheme, the layers)."""
     target = load(row)
     says = _says(inspect.getdoc(target.__init__) or "")
-    supplied = (
-        ("dim", "position", "layers", "head_dim") if row.name in POSITIONS else ("dim", "position", "layers")
-    )
+    supplied = {"dim", "vocab", "position", "layers"} | ({"head_dim"} if row.name in POSITIONS else set())
     found = []
     for name, parameter in inspect.signature(target).parameters.items():
         required = parameter.default is parameter.empty

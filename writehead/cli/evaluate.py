@@ -7,13 +7,13 @@ import typer
 if TYPE_CHECKING:
     from writehead.convert.load import Loaded
 
-TEXT, TRANSLATION = "Perplexity", "Translation"
+TEXT, TRANSLATION, IMAGES = "Perplexity", "Translation", "Images"
 
 
 def command(
     model: Annotated[str, typer.Argument(help="A model folder (a run's DIR/latest), smollm2 or FILE.gguf.")],
     data: Annotated[
-        list[str], typer.Argument(help="Files or folders: text, JSONL or TSV (also .gz); or stdlib.")
+        list[str], typer.Argument(help="Files or folders: text, JSONL, TSV (also .gz), images; or stdlib.")
     ],
     window: Annotated[
         int | None, typer.Option(min=1, help="Tokens that a call reads.", rich_help_panel=TEXT)
@@ -32,6 +32,12 @@ def command(
     lowercase: Annotated[
         bool, typer.Option("--lowercase", help="BLEU without case.", rich_help_panel=TRANSLATION)
     ] = False,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Images to count each pixel's levels in, for comparison; repeatable.", rich_help_panel=IMAGES
+        ),
+    ] = None,
     fields: Annotated[
         str | None, typer.Option(help="Keys of JSONL lines, such as text or source,target.")
     ] = None,
@@ -42,7 +48,6 @@ def command(
     """Score a model on data of the kind that it was made for."""
     import torch
 
-    from writehead.cli.output import console, print_json
     from writehead.convert.load import load
     from writehead.core.system import available_memory, cores
     from writehead.model.decoder import Decoder
@@ -51,6 +56,13 @@ def command(
 
     torch.set_num_threads(threads or cores())
     loaded = load(model, memory_bytes=available_memory())
+    if baseline and loaded.config.pixels is None:
+        raise typer.BadParameter("--baseline is for models of images")
+    if loaded.config.pixels is not None:
+        if window or stride or carry or fields:
+            raise typer.BadParameter("--window, --stride, --carry and --fields are for texts, not for images")
+        _show({"model": model, "data": data, **_bits(loaded, data, baseline or [], batch)}, as_json)
+        return
     if loaded.tokenizer is None:
         raise ValueError(f"{loaded.source} has no tokenizer, so it can read no text")
     names = tuple(fields.split(",")) if fields else ()
@@ -73,7 +85,12 @@ def command(
         )
     else:
         found = _accuracy(loaded, data, names, batch=batch)
-    found = {"model": model, "data": data, **found}
+    _show({"model": model, "data": data, **found}, as_json)
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    from writehead.cli.output import console, print_json
+
     if as_json:
         from writehead.bench.machine import machine
 
@@ -82,6 +99,21 @@ def command(
     for name, value in found.items():
         shown = f"{value:.5g}" if isinstance(value, float) else value
         console().print(f"{name.replace('_', ' '):20} {shown}", soft_wrap=True)
+
+
+def _bits(loaded: "Loaded", data: list[str], baseline: list[str], batch: int) -> dict[str, Any]:
+    from writehead.evaluate.images import bits_per_dim
+
+    r = bits_per_dim(loaded.model, tuple(data), counted=tuple(baseline), batch=batch)  # type: ignore[arg-type]
+    beside = {} if r.baseline is None else {"baseline_bits_per_dim": r.baseline}
+    return {
+        "bits_per_dim": r.per_dim,
+        **beside,
+        "levels": r.levels,
+        "images": r.images,
+        "dims": r.dims,
+        "nats_per_image": r.nll / r.images,
+    }
 
 
 def _perplexity(loaded: "Loaded", data: list[str], names: tuple[str, ...], **options: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from writehead.catalog import MIXERS, build
+from writehead.cli.image_grid import Grid, grid_of, pixels
 from writehead.core.positions import Positions
 
 LONGEST = 512  # tokens
@@ -31,11 +32,13 @@ class Picture:
         seen: (H or 1, T, S) bool; one plane for each head that can be told apart, else one for all.
         stated: what the mixer's pattern says, in the same shape, or None.
         pattern: the pattern in words.
+        grid: the image that the tokens are, if there is one.
     """
 
     seen: Tensor
     stated: Tensor | None
     pattern: str
+    grid: Grid | None = None
 
     @property
     def wrong(self) -> int:
@@ -89,7 +92,7 @@ def look(mixer: nn.Module, length: int, dim: int, heads: int = 1) -> Picture:
     # a query that weighs two keys against each other depends on its own token, whether it reads it or not
     weighs = stated.sum(-1, keepdim=True) > 1
     stated = stated | (weighs & torch.eye(length, dtype=torch.bool))
-    return Picture(planes, stated, str(pattern))
+    return Picture(planes, stated, str(pattern), grid_of(mixer, pattern))
 
 
 def _reach(mixer: nn.Module, x: Tensor, queries: Tensor, heads: int) -> Tensor:
@@ -176,8 +179,9 @@ def _reduce(cells: Tensor, step: int) -> Tensor:
     return nn.functional.max_pool2d(cells[None].float(), step, ceil_mode=True)[0].bool()
 
 
-def png(picture: Picture, title: str) -> bytes:
-    """The picture as a PNG file: one panel for each group of heads that see alike.
+def png(picture: Picture, title: str, query: int = 0) -> bytes:
+    """The picture as a PNG file: one panel for each group of heads that see alike; of images, another one
+    with the keys of `query` as pixels.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -188,7 +192,7 @@ def png(picture: Picture, title: str) -> bytes:
         title += f" (the first {PANELS} of {len(planes)} different pictures)"
     planes = planes[:PANELS]
     columns = min(4, len(planes))
-    rows = -(-len(planes) // columns)
+    rows = -(-len(planes) // columns) * (1 if picture.grid is None else 2)
     size = (max(6.0, 4.2 * columns), 4.4 * rows + 0.6)
     sheet = figure_class(figsize=size, layout="constrained")
     sheet.suptitle(wrapped(title, size[0]), fontsize=10)
@@ -203,6 +207,11 @@ def png(picture: Picture, title: str) -> bytes:
         axes.set_xlabel("key: position of the token that is read")
         axes.set_ylabel("query: position of the token that reads")
         axes.set_title(name, fontsize=10)
+    for place, (name, plane) in enumerate(planes if picture.grid is not None else [], rows // 2 * columns):
+        assert picture.grid is not None
+        axes = sheet.add_subplot(rows, columns, place + 1)
+        axes.imshow(pixels(picture.grid.cells(plane[query], query), 1).numpy(), interpolation="nearest")
+        axes.set_title(f"{name} the keys of query {query} as pixels".strip(), fontsize=10)
     return save(sheet)
 
 

@@ -26,6 +26,12 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="Draw the picture into this file too.")
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the picture.")] = TOKENS,
+    image: Annotated[
+        int | None, typer.Option(min=1, help="Tokens are an image so wide; draw a query's keys as pixels.")
+    ] = None,
+    query: Annotated[
+        int | None, typer.Option(min=0, help="Of an image: which query; default the one in its middle.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     from writehead.cli.cards import find_any, over_preset, settings
@@ -33,8 +39,9 @@ def command(
     _, row = find_any(name)
     given = over_preset(row, settings(set_ or []))
     explained = explain(row, given, context)
+    query = _on_image(explained, image, query, context)
     if png is not None:
-        _write_png(png, explained)
+        _write_png(png, explained, query)
     if as_json:
         from writehead.cli.output import print_json
 
@@ -42,9 +49,38 @@ def command(
         return
     from writehead.cli.output import console
 
-    _print(console(), explained)
+    _print(console(), explained, query)
     if png is not None:
         typer.echo(f"wrote {png}")
+
+
+def _on_image(found: dict[str, Any], image: int | None, query: int | None, context: int) -> int:
+    """Lay the picture's tokens out as an image, if one is asked for; gives the query that is drawn on it.
+
+    Raises:
+        typer.BadParameter: there is no picture or no image, or no such query.
+    """
+    from dataclasses import replace
+
+    picture = found.get("picture")
+    if image is not None:
+        from writehead.cli.image_grid import Grid
+
+        if picture is None:
+            raise typer.BadParameter(f"--image: {found['name']} has no picture of queries and keys")
+        if picture.grid is not None and picture.grid.width != image:
+            raise typer.BadParameter(f"--image {image}: this mixer's images are {picture.grid.width} wide")
+        if picture.grid is None:
+            found["picture"] = picture = replace(picture, grid=Grid(image))
+    if query is not None and (picture is None or picture.grid is None):
+        raise typer.BadParameter("--query is for images: give --image WIDTH too")
+    if query is not None and query >= context:
+        raise typer.BadParameter(f"--query {query} is beyond the picture's {context} tokens")
+    if query is None and picture is not None and picture.grid is not None:
+        query = min(
+            context - 1, (context // picture.grid.width // 2) * picture.grid.width + picture.grid.width // 2
+        )
+    return query or 0
 
 
 def explain(row: "Row", given: Mapping[str, Any], context: int) -> dict[str, Any]:
@@ -134,7 +170,7 @@ def _subject(row: "Row", mixer: Any) -> str:
     return "a whole sequence of" if row.decodes == "encode" else "one token behind a past of"
 
 
-def _print(screen: "Console", found: dict[str, Any]) -> None:
+def _print(screen: "Console", found: dict[str, Any], query: int) -> None:
     from rich.padding import Padding
 
     screen.print(f"{found['name']}  {found['summary']}", style="bold")
@@ -155,7 +191,7 @@ def _print(screen: "Console", found: dict[str, Any]) -> None:
     if "figures" in found:
         _print_figures(screen, found["figures"])
     if "picture" in found:
-        _print_picture(screen, found["picture"])
+        _print_picture(screen, found["picture"], query)
     if "curves" in found:
         from writehead.cli.curves import draw
 
@@ -197,7 +233,8 @@ def _print_figures(screen: "Console", found: dict[str, Any]) -> None:
     screen.print()
 
 
-def _print_picture(screen: "Console", picture: Any) -> None:
+def _print_picture(screen: "Console", picture: Any, query: int) -> None:
+    from writehead.cli.image_grid import lines
     from writehead.cli.picture import draw
 
     length = picture.seen.shape[-1]
@@ -208,6 +245,10 @@ def _print_picture(screen: "Console", picture: Any) -> None:
     for line in draw(picture, screen.width, screen.options.ascii_only):
         screen.print(line)
     screen.print(verdict(picture))
+    for title, plane in picture.planes() if picture.grid is not None else []:
+        screen.print(f"{title} on the image: Q is query {query}, # the keys that it reads".strip())
+        for line in lines(picture.grid.cells(plane[query], query)):
+            screen.print(line)
 
 
 def verdict(picture: Any) -> str:
@@ -219,14 +260,14 @@ def verdict(picture: Any) -> str:
     return f"equal to the pattern {picture.pattern} in every pair"
 
 
-def _write_png(path: Path, found: dict[str, Any]) -> None:
+def _write_png(path: Path, found: dict[str, Any], query: int) -> None:
     from writehead.cli.output import write_whole
 
     title = f"{found['name']}: {found['summary']}"
     if "picture" in found:
         from writehead.cli import picture
 
-        write_whole(path, picture.png(found["picture"], f"{title}\n{verdict(found['picture'])}"))
+        write_whole(path, picture.png(found["picture"], f"{title}\n{verdict(found['picture'])}", query))
     elif "curves" in found:
         from writehead.cli import curves
 

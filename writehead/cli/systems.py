@@ -1,5 +1,6 @@
 """`writehead systems`: the catalog as a table, and as the page docs/systems.md."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,9 @@ def command(
     family: Annotated[str | None, typer.Option(help="Only this family of systems.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", hidden=True, help="Print docs/systems.md.")] = False,
+    gallery: Annotated[
+        Path | None, typer.Option(metavar="PAGE.md", help="Write a page with pictures of all fixed patterns.")
+    ] = None,
 ) -> None:
     from writehead.catalog import Row
     from writehead.cli.cards import TABLES
@@ -19,6 +23,12 @@ def command(
 
     if markdown:
         typer.echo(page(), nl=False)
+        return
+    if gallery is not None:
+        from writehead.cli.gallery import write
+
+        for path in write(gallery):
+            typer.echo(f"wrote {path}")
         return
     families = {row.family for rows in TABLES.values() for row in rows.values()}
     if family is not None:

@@ -166,6 +166,9 @@ def _differences(a: ModelConfig, b: ModelConfig) -> Iterator[str]:
     if (a.encoder is None) != (b.encoder is None) or a.kind != b.kind:
         yield f"it holds a {b.kind}, the model is a {a.kind}"
         return
+    if a.pixels is not None:
+        yield "it holds a model of tokens, the model is one of images"
+        return
     for name in ("vocab", "dim", "depth", "tie_embeddings", "embed_norm", "head_bias", "max_context"):
         if getattr(a, name) != getattr(b, name) and not (name == "max_context" and a.max_context is None):
             yield f"{name} would become {getattr(b, name)}, it is {getattr(a, name)}"

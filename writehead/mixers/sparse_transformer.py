@@ -10,7 +10,8 @@ State     strided: all keys and values, of which a step reads l + t/l; fixed: a 
 Cost      whole sequence O(T (l + T/l)) strided, O(T (l + c T/l)) fixed: O(T sqrt T) with l about sqrt T
 Decodes   exactly
 Differs   the window has l keys and a block c columns, as in the authors' code (the paper's text says l+1 and
-          c+1); weights start at 0.125 / sqrt(width) as in the paper, without its further factor for depth
+          c+1); weights start at 0.125 / sqrt(width), the paper's factor for depth is `init: sparse` of the
+          model's config, its attention embeddings are `grid` positions
 """
 
 from torch import nn

@@ -14,7 +14,8 @@ from writehead.core.positions import advance
 from writehead.core.shapes import check_shape
 from writehead.core.state import Node, Once, State, apply, join, rewind, select, tensors
 from writehead.mixer import Aux
-from writehead.model.parts import Embedding, build_position, build_stack
+from writehead.model.init import initialise
+from writehead.model.parts import build_embedding, build_position, build_stack
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,12 @@ class DecodeState(Node):
 
     Attributes:
         pos: (B,) the position of each row's next token.
-        layers: for each layer the mixer's state and the memory that its cross-attention reads (or None).
+        layers: for each layer the mixer's state and the memory that its cross-attention reads (or None);
+            the stack's own state where the stack has one.
     """
 
     pos: Tensor
-    layers: tuple[tuple[State, State], ...]
+    layers: tuple[State, ...]
 
     def tensors(self) -> Iterator[Tensor]:
         yield self.pos
@@ -61,8 +63,9 @@ class Decoder(nn.Module):
             raise ValueError("this config describes an encoder; build it with Encoder")
         self.config = config
         position = build_position(config)
-        self.embedding = Embedding(config, position, table)
+        self.embedding = build_embedding(config, position, table)
         self.stack = build_stack(config, position)
+        initialise(self, config.init, config.depth)
 
     def init_state(
         self,
@@ -78,8 +81,10 @@ class Decoder(nn.Module):
             memories: what each layer's cross-attention reads.
         """
         like = self.embedding.table
-        own = share_positions([block.mixer.init_state(batch, like, store) for block in self.blocks])
         pos = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        if hasattr(self.stack, "init_state"):
+            return DecodeState(pos, self.stack.init_state(batch, like, store))  # type: ignore[operator]
+        own = share_positions([block.mixer.init_state(batch, like, store) for block in self.blocks])
         return DecodeState(pos, tuple(zip(own, memories or (None,) * len(own), strict=True)))
 
     @property
@@ -116,7 +121,8 @@ class Decoder(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The last layer's output (..., X) -> (..., V)."""
-        return self.embedding.logits(x)
+        logits: Tensor = self.embedding.logits(x)
+        return logits
 
     def step(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
         """tokens (B, T), -1 = padding -> logits (B, T, V) and the state after them; `state` is consumed."""

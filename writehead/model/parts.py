@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from writehead.catalog import FEEDFORWARDS, MIXERS, POSITIONS, STACKS, argument, build, find, load
+from writehead.catalog import FEEDFORWARDS, MIXERS, PIXELS, POSITIONS, STACKS, argument, build, find, load
 from writehead.config import ModelConfig
 from writehead.core.bind import Of, itself, product
 from writehead.core.positions import Positions
@@ -62,6 +62,19 @@ class Embedding(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """x (..., X) -> (..., V)."""
         return self.bind_logits()(x)
+
+
+def build_embedding(config: ModelConfig, position: Scheme, table: nn.Parameter | None) -> Any:
+    """What turns tokens into vectors and vectors into logits: an `Embedding`, or that of pixels.
+
+    Raises:
+        ValueError: images that do not fit the config.
+    """
+    if config.pixels is None:
+        return Embedding(config, position, table)
+    if output_width(config) != config.dim:
+        raise ValueError('a model of pixels reads vectors of width dim: its stack needs output="mean"')
+    return build(PIXELS, config.pixels, dim=config.dim, vocab=config.vocab, position=position)
 
 
 def output_width(config: ModelConfig) -> int:
@@ -121,8 +134,9 @@ def build_stack(config: ModelConfig, position: Scheme) -> nn.Module:
         ValueError: a mixer that cannot decode in a decoder or cannot encode in an encoder.
     """
     layers = []
-    for index in range(config.depth):
-        spec = config.layer("mixer", index)
+    chosen = getattr(load(find(STACKS, config.stack)), "mixers_of", None)  # a stack may choose its mixers
+    specs = [config.layer("mixer", i) for i in range(config.depth)] if chosen is None else chosen(config)
+    for index, spec in enumerate(specs):
         row = find(MIXERS, spec)
         if row.target.startswith("mixers.cross:"):
             raise ValueError(
@@ -132,7 +146,9 @@ def build_stack(config: ModelConfig, position: Scheme) -> nn.Module:
         causal = getattr(mixer, "pattern", None) is None or mixer.pattern.causal
         if config.kind == "encoder" and not hasattr(mixer, "encode"):
             raise ValueError(f"mixer {row.name!r} has no bidirectional form; it serves decoders only")
-        if config.kind != "encoder" and (not hasattr(mixer, "init_state") or not causal):
+        if config.kind == "encoder" and chosen is not None:
+            raise ValueError(f"the {config.stack['name']} stack decodes; it serves decoders only")
+        if config.kind != "encoder" and chosen is None and (not hasattr(mixer, "init_state") or not causal):
             raise ValueError(
                 f"mixer {row.name!r} reads tokens after the query, so it cannot decode; it serves encoders"
             )

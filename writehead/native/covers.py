@@ -105,6 +105,8 @@ def outline(config: ModelConfig) -> Outline:
     """
     if config.kind != "decoder":
         raise NotCoveredError(f"the native engine runs decoders; this model is of kind {config.kind!r}")
+    if config.pixels is not None:
+        raise NotCoveredError("the native engine runs models of tokens; this one is of images")
     model: Any = blank(config)
     position = model.embedding.position
     if type(position) not in SCHEMES:

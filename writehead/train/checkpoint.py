@@ -60,7 +60,7 @@ def path_of(out: Path, step: int) -> Path:
     return out / f"checkpoint-{step:08}"
 
 
-def write(out: Path, checkpoint: Checkpoint, config: ModelConfig, tokenizer: Tokenizer) -> Path:
+def write(out: Path, checkpoint: Checkpoint, config: ModelConfig, tokenizer: Tokenizer | None) -> Path:
     """Write a checkpoint, whole or not at all, and point `latest` at it.
 
     Raises:
@@ -70,7 +70,8 @@ def write(out: Path, checkpoint: Checkpoint, config: ModelConfig, tokenizer: Tok
     with whole_or_nothing(target, overwrite=True) as folder:
         write_tensors(folder, checkpoint.model)
         write_json(folder / "config.json", config.to_dict())
-        tokenizer.save(folder)
+        if tokenizer is not None:
+            tokenizer.save(folder)
         for part in PARTS:
             if tensors := getattr(checkpoint, part):
                 _save(folder / f"{part}.safetensors", tensors)

@@ -13,7 +13,13 @@ import yaml
 from writehead.catalog import Spec
 from writehead.core.shapes import check_choice
 
-KINDS = {"text": ("decoder",), "labelled": ("encoder", "decoder"), "parallel": ("seq2seq",)}
+KINDS = {
+    "text": ("decoder",),
+    "labelled": ("encoder", "decoder"),
+    "parallel": ("seq2seq",),
+    "image": ("decoder",),
+}
+NOT_OF_IMAGES = ("fields", "tokenizer", "length")
 OPTIMISERS = ("adamw", "adafactor")
 SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
 DEFAULT_MODEL: Spec = types.MappingProxyType(
@@ -32,9 +38,9 @@ class DataConfig:
     """What to learn from.
 
     Attributes:
-        kind: "text" (a stream), "labelled" (texts and classes) or "parallel" (sources and targets).
+        kind: "text" (a stream), "labelled" (texts and classes), "parallel" (sources and targets) or "image".
         train, valid: files, folders, or "stdlib" (Python's own sources); without `valid` the last part of
-            `train` is held out.
+            `train` is held out. Images: FILE.npz:NAME, FILE.npy, pictures, or folders of these.
         holdout: that part, as a share.
         fields: keys of JSONL lines: (text,), (label, text) or (source, target); () is those names.
         tokenizer: {"name": "bytes"}, {"name": "bpe", "vocab": 8192} or {"name": "folder", "path": ...}.
@@ -58,6 +64,10 @@ class DataConfig:
         if not 0 < self.holdout < 1:
             raise ValueError(f"data.holdout={self.holdout} must be a share between 0 and 1, such as 0.05")
         at_least("data", self, length=1, batch=1)
+        if self.kind == "image":
+            for name in NOT_OF_IMAGES:
+                if getattr(self, name) != getattr(DataConfig(), name):
+                    raise ValueError(f"data.{name} is not for images, whose size and levels are model.pixels")
         wanted = 1 if self.kind == "text" else 2
         if self.fields and len(self.fields) != wanted:
             raise ValueError(f"data.fields must name {wanted} of each line; got {list(self.fields)}")
@@ -202,6 +212,12 @@ class RunConfig:
                 f"data.kind={self.data.kind!r} trains a model of kind {' or '.join(KINDS[self.data.kind])}; "
                 f"got model.kind={kind!r}"
             )
+        if (self.data.kind == "image") != (self.model.get("pixels") is not None):
+            raise ValueError(
+                "data.kind='image' and model.pixels need each other: a model of images, and images"
+            )
+        if self.data.kind == "image" and self.loss.label_smoothing:
+            raise ValueError("loss.label_smoothing is not for images: their levels are no classes")
         if self.loop.carry_state and self.data.kind != "text":
             raise ValueError(f"loop.carry_state is for data.kind='text'; got {self.data.kind!r}")
         if not 0 <= self.seed < 2**32:

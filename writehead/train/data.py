@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from writehead.catalog import Spec
 from writehead.convert.tokenizer import Tokenizer
 from writehead.core.shapes import check_choice
+from writehead.model.pixels import frame_of
 from writehead.train.batches import Batches, Lanes, Sample, Samples, Windows
 from writehead.train.config import DataConfig
 from writehead.train.corpus import pairs, texts
+from writehead.train.images import Images, hash_of, read_images, split, tokens_of
 from writehead.train.order import mix, shuffled
 from writehead.train.tokens import (
     Encode,
@@ -31,19 +34,26 @@ class Data:
     """Everything that a run learns from.
 
     Attributes:
-        tokenizer: of all texts.
+        tokenizer: of all texts; None of images.
         train, valid: batches.
         digest: a hash of tokens and order; a run that resumes must have the same.
         choices: tokens of the classes, for labelled texts.
         notes: what was cut or left out, for people.
+        vocab: tokens of images.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     train: Batches
     valid: Batches
     digest: str
     choices: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    vocab: int = 0
+
+    @property
+    def least_vocab(self) -> int:
+        """Tokens that a model must have."""
+        return self.vocab if self.tokenizer is None else self.tokenizer.vocab
 
 
 def prepare(config: DataConfig, folder: Path, seed: int, carry: bool = False) -> Data:
@@ -61,6 +71,32 @@ def prepare(config: DataConfig, folder: Path, seed: int, carry: bool = False) ->
     if config.kind == "text":
         return _text(config, folder, seed, carry)
     return _samples(config, folder, seed)
+
+
+def prepare_images(config: DataConfig, pixels: Spec, seed: int) -> Data:
+    """Read, split and quantise the images of a run.
+
+    Args:
+        config: the run's data section.
+        pixels: the model's, which says what its images are.
+        seed: of the order.
+
+    Raises:
+        ValueError: images that are missing, malformed, or of another size.
+    """
+    frame = frame_of(pixels)
+    images = read_images(config.train, frame)
+    train, held = (
+        (images, read_images(config.valid, frame)) if config.valid else split(images, config.holdout, seed)
+    )
+    tokens, other = tokens_of(train, frame), tokens_of(held, frame)
+    return Data(
+        None,
+        Images(tokens, frame, config.batch, seed),
+        Images(other, frame, config.batch, None),
+        digest(hash_of(tokens), hash_of(other), config.batch, seed),
+        vocab=frame.levels + 1,
+    )
 
 
 def _text(config: DataConfig, folder: Path, seed: int, carry: bool) -> Data:

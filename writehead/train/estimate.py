@@ -13,9 +13,8 @@ from writehead.costs import costs, parameters, read_costs, skeleton
 from writehead.model.seq2seq import Seq2Seq
 from writehead.train.batches import Batch
 from writehead.train.config import RunConfig
-from writehead.train.data import prepare
 from writehead.train.objective import Model, Objective, recompute
-from writehead.train.start import fresh_model, model_config
+from writehead.train.start import fresh_model, model_config, read_data
 
 BACKWARD = 3  # operations of forward and backward pass, in forward passes
 COPIES = {"adamw": 4, "adafactor": 2}  # weights, gradients and the optimiser's memory, in weights
@@ -49,7 +48,7 @@ def estimate(run: RunConfig) -> Estimate:
         ValueError: data or a model that cannot be had.
     """
     with tempfile.TemporaryDirectory(prefix="writehead-dry-run-") as folder:
-        data = prepare(run.data, Path(folder), run.seed, run.loop.carry_state)
+        data = read_data(run, Path(folder))
         config = model_config(run, data)
         batch = data.train(0)
         piece = batch.piece(0, run.loop.accumulate)

@@ -164,7 +164,9 @@ class Trainer:
             nll, right, targets = nll + sums.nll.item(), right + sums.right.item(), targets + batch.scored
         loss = nll / targets
         values = {"eval/loss": loss, "eval/accuracy": right / targets}
-        if self.run.data.kind != "labelled":
+        if self.run.data.kind == "image":
+            values["eval/bits_per_dim"] = loss / math.log(2)
+        elif self.run.data.kind != "labelled":
             values["eval/perplexity"] = math.exp(min(loss, 700))
         if math.isfinite(loss):
             self.reporter.log(self.step, values)
@@ -182,6 +184,7 @@ class Trainer:
         copy = Decoder(self.config)
         load_into(copy, tensors)
         tokenizer, length = self.data.tokenizer, self.run.report.sample_tokens
+        assert tokenizer is not None
         ids = tokenizer.encode(text) or sorted(tokenizer.eos)
         room = copy.embedding.position.max_context
         length = length if room is None else min(length, room + 1 - len(ids))

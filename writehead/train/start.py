@@ -13,11 +13,12 @@ from writehead.config import ModelConfig
 from writehead.convert.files import replacing
 from writehead.model.blank import KINDS
 from writehead.model.decoder import Decoder
+from writehead.model.pixels import frame_of
 from writehead.model.seq2seq import Seq2Seq
 from writehead.train import carry, checkpoint
 from writehead.train.config import RunConfig
 from writehead.train.corpus import files
-from writehead.train.data import Data, prepare
+from writehead.train.data import Data, prepare, prepare_images
 from writehead.train.loop import Meter, Trainer
 from writehead.train.objective import Model, Objective, load_into, recompute
 from writehead.train.optim import make_optimizer, restore
@@ -109,15 +110,16 @@ def model_config(run: RunConfig, data: Data) -> ModelConfig:
         ValueError: a model config that is refused, or one whose vocabulary is too small.
     """
     values = dict(run.model)
-    least = data.tokenizer.vocab
+    least = data.least_vocab
     for part in (values, values.get("encoder")):
         if isinstance(part, Mapping) and part.get("vocab", least) < least:
-            raise ValueError(f"model.vocab={part['vocab']} is below the tokenizer's {least} tokens")
+            raise ValueError(f"model.vocab={part['vocab']} is below the data's {least} tokens")
     values.setdefault("vocab", least)
     if isinstance(values.get("encoder"), Mapping):
         values["encoder"] = {"vocab": values["vocab"], **values["encoder"]}
     if run.data.kind != "parallel" and not run.loop.carry_state:
-        values.setdefault("max_context", run.data.length)
+        length = run.data.length if run.data.kind != "image" else frame_of(values["pixels"]).length
+        values.setdefault("max_context", length)
     try:
         return ModelConfig.from_dict(values)
     except ValueError as error:
@@ -197,6 +199,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _data(run: RunConfig, out: Path, team: Team) -> Data:
     """The run's data; the first process encodes, the others read what it wrote."""
+    if run.data.kind == "image":
+        return read_data(run, out)
     stats = [
         (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files((*run.data.train, *run.data.valid))
     ]
@@ -204,10 +208,21 @@ def _data(run: RunConfig, out: Path, team: Team) -> Data:
     folder = out / DATA / key[:16]
     if team.first:
         folder.mkdir(parents=True, exist_ok=True)
-        data = prepare(run.data, folder, run.seed, run.loop.carry_state)
+        data = read_data(run, folder)
         team.wait()
         return data
     team.wait()
+    return read_data(run, folder)
+
+
+def read_data(run: RunConfig, folder: Path) -> Data:
+    """The data of a run, of which `folder` keeps what is dear to make.
+
+    Raises:
+        ValueError: data that is missing, malformed or too short.
+    """
+    if run.data.kind == "image":
+        return prepare_images(run.data, run.model["pixels"], run.seed)
     return prepare(run.data, folder, run.seed, run.loop.carry_state)
 
 
