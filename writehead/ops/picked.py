@@ -81,7 +81,11 @@ class Gathered:
 def forward(part: Gathered) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each span: the queries, y (B, H, queries, D) and lse (B, H, queries)."""
     for first, last in part.spans():
-        side = (part.queries(part.q, first, last), part.keys(part.k, first, last), part.keys(part.v, first, last))
+        side = (
+            part.queries(part.q, first, last),
+            part.keys(part.k, first, last),
+            part.keys(part.v, first, last),
+        )
         y, lse = tile.forward(*side, part.added(first, last), part.scale)
         size = part.picks.size
         yield slice(first * size, last * size), part.back(y, first, last), part.back(lse, first, last)
