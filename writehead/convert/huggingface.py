@@ -37,7 +37,13 @@ FILES: Mapping[str, str] = {
     "bloom": "bloom",
     "mpt": "mpt",
     "t5": "t5",
+    "nystromformer": "nystromformer",
 }
+# what two configs must agree in to the letter
+SCALARS = (
+    "vocab", "dim", "depth", "tie_embeddings", "embed_norm", "embed_norm_last", "token_types",
+    "head_transform", "head_bias", "max_context",
+)  # fmt: skip
 
 
 def family(model_type: str) -> Family:
@@ -160,7 +166,7 @@ def _differences(a: ModelConfig, b: ModelConfig) -> Iterator[str]:
     if (a.encoder is None) != (b.encoder is None) or a.kind != b.kind:
         yield f"it holds a {b.kind}, the model is a {a.kind}"
         return
-    for name in ("vocab", "dim", "depth", "tie_embeddings", "embed_norm", "head_bias", "max_context"):
+    for name in SCALARS:
         if getattr(a, name) != getattr(b, name) and not (name == "max_context" and a.max_context is None):
             yield f"{name} would become {getattr(b, name)}, it is {getattr(a, name)}"
     for name in ("embed_scale", "logit_scale"):
