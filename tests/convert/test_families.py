@@ -11,6 +11,7 @@ from torch import Tensor
 from writehead.convert.errors import BadFile
 from writehead.convert.load import Loaded, load
 
+pytestmark = pytest.mark.filterwarnings("ignore:left out, since the model has no place:UserWarning")
 TOLERANCE = (
     1e-5  # largest difference of a logit in float32, in units of the largest logit or of 1 if that is less
 )
@@ -129,7 +130,7 @@ def read_by_ours(pair: Pair, ids: Tensor, types: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def test_rows_of_an_encoder_give_their_logits_of_each_row(encoder: Pair) -> None:
-    ids, types = tokens(3, 20), tokens(3, 20, seed=1) % 3
+    ids, types = tokens(3, 20).clamp_min(2), tokens(3, 20, seed=1) % 3  # 0 or 1 is padding to theirs
     ours = read_by_ours(encoder, ids, types)
     for i in range(3):  # theirs depends on the other rows of a batch
         close(ours[i], read_by_theirs(encoder, ids[i : i + 1], types[i : i + 1])[0])

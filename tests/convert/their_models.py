@@ -52,6 +52,9 @@ NYSTROM: dict[str, Any] = {
     "num_hidden_layers": 2, "num_landmarks": 5, "segment_means_seq_len": 20, "conv_kernel_size": 7,
     "layer_norm_eps": 1e-3, "type_vocab_size": 3,
 }  # fmt: skip
+PATTERNED = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"} | {
+    "layer_norm_eps": 1e-3, "type_vocab_size": 3,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", SMALL | {"tie_word_embeddings": True}),
     "llama, untied, all biases": ("Llama", SMALL | {"attention_bias": True, "mlp_bias": True}),
@@ -108,8 +111,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nystromformer, as many landmarks as tokens": (
         "Nystromformer", NYSTROM | {"num_landmarks": 20},
     ),
+    "longformer, masked words": ("Longformer", PATTERNED | {"attention_window": [4, 8, 4]}),
+    "big_bird, masked words": ("BigBird", PATTERNED | {"block_size": 4, "num_random_blocks": 1}),
+    "big_bird, all read all": (
+        "BigBird", PATTERNED | {"attention_type": "original_full", "rescale_embeddings": True},
+    ),
 }  # fmt: skip
-ENCODERS = [name for name in CASES if name.startswith("nystromformer")]
+ENCODERS = [name for name in CASES if name.startswith(("nystromformer", "longformer", "big_bird"))]
 DECODERS = [name for name in CASES if not name.startswith("t5") and name not in ENCODERS]
 SEQ2SEQ = [name for name in CASES if name.startswith("t5")]
 

@@ -94,7 +94,10 @@ def _longformer(heads: int, head_dim: int) -> Run:
 
 
 LAYERS: Mapping[str, tuple[str, Callable[[int, int], Run]]] = {
-    "window": (CAUSAL, partial(_ours, {"name": "local_mha", "pattern": {"name": "window", "window": WINDOW}}, False)),
+    "window": (
+        CAUSAL,
+        partial(_ours, {"name": "local_mha", "pattern": {"name": "window", "window": WINDOW}}, False),
+    ),
     "window, one write-head": (
         CAUSAL,
         partial(_ours, {"name": "local_mqa", "pattern": {"name": "window", "window": WINDOW}}, False),
@@ -145,7 +148,7 @@ def beside_peers(
 
 
 def ratios(cells: Sequence[Growth]) -> dict[str, dict[str, float]]:
-    """How many times longer than ours each other layer's step of the same kind takes, where both have figures."""
+    """How often ours fits into each other layer's step of the same kind takes, where both were timed."""
     ours = {CAUSAL: "window", SIDES: "longformer"}
     seconds = {cell.name: cell.both_s for cell in cells if not cell.error}
     found: dict[str, dict[str, float]] = {}
@@ -168,8 +171,8 @@ def _config(kv_heads: int, depth: int, dim: int) -> ModelConfig:
 def model(
     kv_heads: int, tokens: int, threads: int, depth: int = 4, dim: int = 256
 ) -> tuple[float, float, int]:
-    """One training step of a whole model on one row: seconds of forward, of both, and the bytes that the process
-    grew by, gradients included."""
+    """One training step of a whole model on one row: seconds of forward, of both, and the bytes that the
+    process grew by, gradients included."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
 

@@ -52,6 +52,8 @@ SUBJECTS: Mapping[str, Subject] = {
     "longformer": Subject(lambda T: {"name": "longformer", "window": WINDOW, "tokens": BLOCK}, 1),
     "big bird": Subject(lambda T: {"name": "big_bird", "block": BLOCK}, 1),
     "image 1d": Subject(lambda T: {"name": "image_1d", "block": WINDOW, "memory": WINDOW}, 1),
+    "block bert, looking back": Subject(lambda T: {"name": "block_causal", "blocks": 3, "block": WINDOW}, 1),
+    "axial": Subject(lambda T: {"name": "axial_causal", "image_width": _root(T)}, 1.5),
     "dense": Subject(lambda T: {"name": "mha"}, 2),
 }
 
@@ -101,8 +103,8 @@ def measure(
 
 
 def clock(run: Callable[[], Tensor], weight: Tensor, rounds: int) -> tuple[float, float, int]:
-    """Least seconds of a forward call, least of one with its backward pass from the gradient `weight`, and the bytes
-    that the process grew by."""
+    """Least seconds of a forward call, least of one with its backward pass from the gradient `weight`, and
+    the bytes that the process grew by."""
     before = _highest(reset=True)
     forward, both = [], []
     for _ in range(rounds):

@@ -93,14 +93,17 @@ def scaling(
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each cell; the fastest counts.")] = 3,
     peers: Annotated[bool, typer.Option("--peers", help=PEERS)] = False,
     model: Annotated[bool, typer.Option("--model", help=MODEL)] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for scaling.json and scaling.png.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for NAME.json and NAME.png.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="NAME of these files; default says what is in them.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Time and memory of one attention layer against the length, with the slopes of their curves."""
     if peers or model:
         if peers and model:
             raise ValueError("--peers and --model are two measurements: ask for one")
-        _long_training(peers, only, tokens, heads, head_dim, threads, rounds, out, as_json)
+        _long_training(peers, only, tokens, heads, head_dim, threads, rounds, out, name, as_json)
         return
     from writehead.bench import scaling
     from writehead.bench.measure import jsonable, write_record
@@ -108,8 +111,8 @@ def scaling(
     from writehead.cli.tables import scaling_table
     from writehead.core.shapes import check_choice
 
-    for name in only or ():
-        check_choice("subject", name, scaling.SUBJECTS)
+    for subject in only or ():
+        check_choice("subject", subject, scaling.SUBJECTS)
     lengths = sorted(tokens or (4096, 16384, 65536))
     cells = scaling.scaling(
         only or scaling.SUBJECTS,
@@ -128,9 +131,10 @@ def scaling(
         console().print(scaling_table(cells))
     if out is not None:
         shape = {"heads": heads, "head_dim": head_dim, "threads": threads, "rounds": rounds}
-        write_record(out / "scaling.json", "scaling", results, shape, seed=0)
-        scaling.scaling_plot(cells, out / "scaling.png")
-        typer.echo(f"written: {out / 'scaling.json'} and its plot", err=True)
+        path = out / f"{name or 'scaling'}.json"
+        write_record(path, "scaling", results, shape, seed=0)
+        scaling.scaling_plot(cells, path.with_suffix(".png"))
+        typer.echo(f"written: {path} and its plot", err=True)
 
 
 def _long_training(
@@ -142,6 +146,7 @@ def _long_training(
     threads: int,
     rounds: int,
     out: Path | None,
+    name: str | None,
     as_json: bool,
 ) -> None:
     """Training steps on one long row: layers beside peers, or whole models."""
@@ -153,8 +158,8 @@ def _long_training(
 
     if len(tokens or ()) > 1:
         raise ValueError(f"--peers and --model measure at one length; got --tokens {tokens}")
-    for name in only or ():
-        check_choice("layer", name, long_training.LAYERS)
+    for chosen in only or ():
+        check_choice("layer", chosen, long_training.LAYERS)
     length = tokens[0] if tokens else 1 << (14 if peers else 16)
     facts = {"tokens": length, "threads": threads}
     if peers:
@@ -174,6 +179,6 @@ def _long_training(
     else:
         console().print(long_table(cells))
     if out is not None:
-        path = out / f"scaling-{'peers' if peers else 'model'}.json"
+        path = out / f"{name or ('scaling-peers' if peers else 'scaling-model')}.json"
         write_record(path, "scaling", results, facts, seed=0)
         typer.echo(f"written: {path}", err=True)

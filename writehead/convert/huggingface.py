@@ -1,5 +1,6 @@
 """Hugging Face model folders: which family a config.json speaks of, and the same model in both languages."""
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from importlib import import_module
 from typing import Any
@@ -20,7 +21,7 @@ from writehead.convert.families.base import (
     stack_of,
 )
 from writehead.convert.files import Tensors
-from writehead.convert.rules import Checkpoint, save_weights
+from writehead.convert.rules import Checkpoint, keys_like, save_weights
 from writehead.core.pattern import from_spec, to_spec
 from writehead.core.shapes import check_choice
 
@@ -38,6 +39,8 @@ FILES: Mapping[str, str] = {
     "mpt": "mpt",
     "t5": "t5",
     "nystromformer": "nystromformer",
+    "longformer": "longformer",
+    "big_bird": "big_bird",
 }
 # what two configs must agree in to the letter
 SCALARS = (
@@ -118,7 +121,10 @@ def open_huggingface(values: Mapping[str, Any], theirs: Tensors) -> Checkpoint:
     """
     found, config = read_config(values, theirs.keys())
     named = Prefixed(theirs, found.prefix)
-    return Checkpoint(config, found.rules(config), named, longest_side(theirs), found.ignorable)
+    if left := sorted(keys_like(found.dropped, named)):
+        warnings.warn(f"left out, since the model has no place for them: {', '.join(left)}", stacklevel=2)
+    passed = (*found.ignorable, *found.dropped)
+    return Checkpoint(config, found.rules(config), named, longest_side(theirs), passed)
 
 
 def longest_side(theirs: Tensors) -> int:

@@ -106,8 +106,8 @@ def _alike(pattern: Pattern, heads: int, kv_heads: int, picking: bool) -> Iterat
 
 
 def _sets(pattern: Pattern, heads: list[int], all_heads: int, kv_heads: int) -> tuple[Pattern, ...]:
-    """The patterns of a set's heads: one if all are equal, one for each key/value head if those of its heads are,
-    or one for each head."""
+    """The patterns of a set's heads: one if all are equal, one for each key/value head if those of its heads
+    are, or one for each head."""
     own = [pattern.head(h) for h in heads]
     if len(set(own)) == 1:
         return (own[0],)

@@ -92,7 +92,7 @@ class Pattern(ABC):
         raise ValueError(f"{self} has no order of its own")
 
     def picked(self, block: Tensor) -> Tensor:
-        """In an order of blocks: block (N,) of queries -> (N, R) blocks of keys it may read at most, -1 = none."""
+        """In an order of blocks: block (N,) of queries -> (N, R) blocks of keys that it reads, -1 = none."""
         raise ValueError(f"{self} picks no blocks")
 
     def needed(self, k: Tensor, t: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """From a pattern to tiles: which pieces of the score matrix block-sparse attention computes, in which order.
 
 A union of patterns is cut into parts that want the same order of tokens: strides lie contiguously once the
-tokens are the columns of a matrix, and summary columns once the other keys are left out. Blocks drawn at random
-are tiles in no order: they are picked one by one. A pair that several parts have belongs to the first of them.
+tokens are the columns of a matrix, and summary columns once the other keys are left out. Blocks drawn at
+random are few in no order: they are picked one by one. A pair that several parts have belongs to the first of
+them.
 """
 
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Picks:
-    """For each block of queries the blocks of keys that it reads, of one size, as K sets of heads have them.
+    """For each block of queries the blocks of keys that it reads, of one size, as K sets of heads have it.
 
     Attributes:
         size: tokens of a block.
@@ -77,7 +78,7 @@ class Picks:
     earlier: Pattern | None
 
     def mask(self, first: int, last: int, length: int) -> Tensor | None:
-        """Blocks first..last - 1 of queries: bool (K, n, queries of a block, R * size), or None = all are read."""
+        """Blocks first..last - 1 of queries: bool (K, n, queries of a block, R * size), None = all."""
         if bool(self.clear[:, first:last].all()):
             return None
         q = torch.arange(first * self.size, min(last * self.size, length)).view(last - first, -1, 1)
@@ -122,8 +123,8 @@ def parts_of(pattern: Pattern, picking: bool = True) -> dict[Order, Pattern]:
 
 
 def skeleton(pattern: Pattern) -> tuple[tuple[Order, Pattern | None], ...]:
-    """What two heads must have in common to go through one plan: everything but which blocks are picked, where
-    these have one size."""
+    """What two heads must have in common to go through one plan: everything but which blocks are picked,
+    where these have one size."""
     parts = _parts_of(pattern, True)
     one = sum(order.block > 0 for order, _ in parts) == 1
     return tuple((order, None if order.block and one else part) for order, part in parts)
@@ -159,7 +160,7 @@ def estimate(pattern: Pattern, length: int, size: int) -> float:
 
 
 def natural_size(pattern: Pattern, usual: int) -> int:
-    """How large blocks of tiles had best be: as large as those that are picked, unless these are odd sizes."""
+    """How large the tiles had best be: as large as those that are picked, unless those are far off."""
     sizes = {order.block for order in parts_of(pattern) if order.block}
     size = max(sizes, default=usual)
     return size if usual // 2 <= size <= 2 * usual else usual
