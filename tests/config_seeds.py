@@ -38,6 +38,13 @@ SEEDS = [
     {**SMALL, "position": {"name": "learned", "max_context": 9}, "embed_scale": 4.0, "logit_scale": 0.25},
     ENCODER,
     {
+        **ENCODER,
+        "embed_norm": True,
+        "embed_norm_last": True,
+        "token_types": 2,
+        "head_transform": "gelu",
+    },
+    {
         **SMALL,
         "kind": "seq2seq",
         "encoder": {**ENCODER, "position": {"name": "t5"}},

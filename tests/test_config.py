@@ -80,6 +80,9 @@ def test_any_config_survives_its_own_plain_values(vocab, dim, depth, flag, scale
         ({**SMALL, "logit_scale": float("nan")}, "logit_scale=nan must be a finite number"),
         ({**SMALL, "max_context": 1.5}, "max_context must be int or nothing; got 1.5"),
         ({**SMALL, "max_context": 0}, "max_context=0 must be at least 1"),
+        ({**SMALL, "embed_norm_last": True}, "embed_norm_last=True .* but embed_norm=False leaves it out"),
+        ({**SMALL, "token_types": -1}, "token_types=-1 must be from 0 to 2147483648"),
+        ({**SMALL, "head_transform": 3}, "head_transform must be str or nothing; got 3"),
         ({**SMALL, "encoder": 7}, "encoder must be Mapping or nothing; got 7"),
         (
             {**SMALL, "kind": "seq2seq"},
@@ -141,6 +144,7 @@ def test_what_from_dict_refuses_it_says(values, message):
             {"feedforward": {"name": "dense", "activation": "gelu2"}},
             "unknown activation 'gelu2'; did you mean 'gelu'",
         ),
+        ({"head_transform": "gelu2"}, "unknown head_transform 'gelu2'; did you mean 'gelu'"),
         ({"position": {"name": "learned"}}, "learned needs max_context"),
         ({"position": {"name": "rope"}}, r"unknown name \(position\) 'rope'"),
         ({"position": {"name": "rotary", "scaling": 3}}, "rotary: scaling must be"),

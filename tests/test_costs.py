@@ -83,6 +83,8 @@ def configs(draw: Any, positions: Any = (*PLACED, TURNED)) -> ModelConfig:
         tie_embeddings=draw(st.booleans()),
         embed_norm=draw(st.booleans()),
         head_bias=draw(st.booleans()),
+        token_types=draw(st.sampled_from([0, 3])),
+        head_transform=draw(st.sampled_from([None, "gelu"])),
     )
 
 

@@ -237,6 +237,40 @@ def test_embedding_and_logits_are_scaled_normalised_and_tied_as_said():
 
 
 @torch.no_grad()
+def test_types_of_tokens_and_the_transform_before_the_output_stand_where_bert_has_them():
+    tokens, types = torch.randint(V, (2, 5)), torch.tensor([[0, 2, 1, -1, 0], [1, 1, 0, 2, 2]])
+    model = decoder(
+        position={"name": "learned", "max_context": 9}, embed_norm=True, embed_norm_last=True, token_types=3,
+        head_transform="gelu", stack={"name": "residual", "eps": 1e-2},
+    )  # fmt: skip
+    e, x, pos = model.embedding, torch.randn(2, 5, 16).double(), Positions.range(2, 0, 5)
+    summed = e.table[tokens] + e.position.table[:5]
+    for given, added in ((None, e.types[0]), (types, e.types[types.clamp_min(0)])):
+        right = F.layer_norm(summed + added, (16,), e.norm.weight, e.norm.bias, 1e-2)
+        close(e(tokens, pos, given), right)
+    inner, norm = e.transform.inner, e.transform.norm
+    h = F.layer_norm(F.gelu(x @ inner.weight.T + inner.bias), (16,), norm.weight, norm.bias, 1e-2)
+    close(model.logits(x), h @ e.table.T)
+
+
+@torch.no_grad()
+def test_types_that_a_model_does_not_have_are_refused():
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+    config = {
+        "vocab": V, "dim": 16, "depth": 1, "kind": "encoder", "position": {"name": "sinusoidal"},
+        "mixer": {"name": "bidirectional", "heads": 4},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="types were given, but the model has token_types=0"):
+        Encoder(ModelConfig(**config))(tokens, tokens)
+    model = Encoder(ModelConfig(**config, token_types=2))
+    with pytest.raises(ValueError, match="type 2 is not one of the model's 2 token types"):
+        model(tokens, tokens + 2)
+    with pytest.raises(ValueError, match=r"types must have shape \(B=1, T=2\); got \(1, 1\)"):
+        model(tokens, tokens[:, :1])
+    close(model(tokens, tokens)[0], model(tokens)[0])
+
+
+@torch.no_grad()
 def test_dropout_acts_in_training_only():
     model = decoder(stack={"name": "residual", "dropout": 0.5})
     tokens = torch.randint(V, (2, 5))

@@ -31,6 +31,9 @@ class ModelConfig:
         encoder: its encoder.
         tie_embeddings: the output matrix is the embedding table.
         embed_scale, embed_norm: a factor on the token embeddings; a LayerNorm after them.
+        embed_norm_last: that LayerNorm comes after positions and types are added, with the stack's eps.
+        token_types: rows of a table of token types, added to the embeddings; 0 = no table.
+        head_transform: the activation of a dense layer and a LayerNorm before the output matrix.
         logit_scale, head_bias: a factor on the last hidden state; a bias on the logits.
         max_context: tokens the model was made for; a statement, enforced where positions end.
         init: how weights begin: "parts", as each part makes its own, or as in the papers of "sparse" and
@@ -51,6 +54,9 @@ class ModelConfig:
     tie_embeddings: bool = True
     embed_scale: float = 1.0
     embed_norm: bool = False
+    embed_norm_last: bool = False
+    token_types: int = 0
+    head_transform: str | None = None
     logit_scale: float = 1.0
     head_bias: bool = False
     max_context: int | None = None
@@ -68,6 +74,12 @@ class ModelConfig:
         for name in ("embed_scale", "logit_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number")
+        if self.embed_norm_last and not self.embed_norm:
+            raise ValueError(
+                "embed_norm_last=True says where a norm comes, but embed_norm=False leaves it out"
+            )
+        if not 0 <= self.token_types <= MOST["vocab"]:
+            raise ValueError(f"token_types={self.token_types} must be from 0 to {MOST['vocab']}")
         if self.max_context is not None and self.max_context < 1:
             raise ValueError(f"max_context={self.max_context} must be at least 1")
         check_choice("init", self.init, INITS)
@@ -179,6 +191,9 @@ def _check(key: str, value: Any) -> None:
         "logit_scale": (float, int),
         "tie_embeddings": (bool,),
         "embed_norm": (bool,),
+        "embed_norm_last": (bool,),
+        "token_types": (int,),
+        "head_transform": (str, type(None)),
         "head_bias": (bool,),
         "max_context": (int, type(None)),
         "kind": (str,),

@@ -191,11 +191,16 @@ def _around(model: Decoder | Encoder, call: Call) -> Work:
     lookup = min(call.rows, V) * X
     weights = _position_values(own.position, call) + (0 if own.norm is None else values(own.norm))
     weights += values(model.stack) - values(*_blocks(model))
+    weights += 0 if own.types is None else min(call.rows * X, own.types.numel())
     if isinstance(model, Encoder):
         return Work(weights=weights + lookup)
     head = V * X if own.output is None else own.output.numel()
     weights += head + (0 if own.output is None else lookup) + (0 if own.bias is None else V)
-    return Work(flops=2 * call.asked * head, weights=weights)
+    flops = head
+    if own.transform is not None:
+        weights += values(own.transform)
+        flops += own.transform.inner.weight.numel()
+    return Work(flops=2 * call.asked * flops, weights=weights)
 
 
 def _position_values(scheme: Scheme, call: Call) -> int:

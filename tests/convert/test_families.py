@@ -5,11 +5,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from their_models import CASES, DECODERS, SEQ2SEQ, make
+from their_models import CASES, DECODERS, ENCODERS, SEQ2SEQ, make
 from torch import Tensor
 
+from writehead.convert.errors import BadFile
 from writehead.convert.load import Loaded, load
 
+pytestmark = pytest.mark.filterwarnings("ignore:left out, since the model has no place:UserWarning")
 TOLERANCE = (
     1e-5  # largest difference of a logit in float32, in units of the largest logit or of 1 if that is less
 )
@@ -34,6 +36,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module", params=SEQ2SEQ)
 def translator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return saved_and_loaded(request.param, tmp_path_factory.mktemp("seq2seq") / "model")
+
+
+@pytest.fixture(scope="module", params=ENCODERS)
+def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return saved_and_loaded(request.param, tmp_path_factory.mktemp("encoder") / "model")
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -109,6 +116,69 @@ def test_padded_sources_and_targets_give_their_logits_of_single_rows(translator:
             source, target = (rows[i][rows[i] >= 0][None] for rows in (sources, targets))
             theirs = translator.theirs(input_ids=source, decoder_input_ids=target).logits[0]
             close(logits[i, targets[i] >= 0], theirs)
+
+
+def read_by_theirs(pair: Pair, ids: Tensor, types: Tensor) -> Tensor:
+    given = pair.theirs(input_ids=ids, token_type_ids=types)
+    return given.logits if "logits" in given else given.last_hidden_state
+
+
+def read_by_ours(pair: Pair, ids: Tensor, types: Tensor | None) -> Tensor:
+    x = pair.ours.model(ids, types)[0]
+    return x if pair.ours.config.head_transform is None else pair.ours.model.logits(x)
+
+
+@torch.no_grad()
+def test_rows_of_an_encoder_give_their_logits_of_each_row(encoder: Pair) -> None:
+    ids, types = tokens(3, 20).clamp_min(2), tokens(3, 20, seed=1) % 3  # 0 or 1 is padding to theirs
+    ours = read_by_ours(encoder, ids, types)
+    for i in range(3):  # theirs depends on the other rows of a batch
+        close(ours[i], read_by_theirs(encoder, ids[i : i + 1], types[i : i + 1])[0])
+    plain = read_by_theirs(encoder, ids[:1], torch.zeros_like(ids[:1]))
+    close(read_by_ours(encoder, ids[:1], None), plain)
+    assert (plain - ours[:1]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_with_as_many_landmarks_as_tokens_transformers_attends_exactly_at_every_length(
+    tmp_path: Path,
+) -> None:
+    pair = saved_and_loaded("nystromformer, as many landmarks as tokens", tmp_path / "model")
+    assert pair.ours.config.layer("mixer", 0)["landmarks"] == 64
+    batch, types = torch.full((3, 33), -1), tokens(3, 33, seed=1) % 3
+    for i, length in enumerate((33, 7, 20)):
+        batch[i, :length] = tokens(1, length, seed=i)[0]
+    ours = read_by_ours(pair, batch, types)
+    for i, length in enumerate((33, 7, 20)):
+        row = (batch[i : i + 1, :length], types[i : i + 1, :length])
+        close(ours[i, :length], read_by_theirs(pair, *row)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inv_coeff_init_option": True}, "inv_coeff_init_option=True is not supported; accepted: False"),
+        ({"num_landmarks": 7}, "segment_means_seq_len=20 is not a multiple of num_landmarks=7"),
+        ({"num_attention_heads": 5}, "hidden_size=48 is not a multiple of num_attention_heads=5"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported; accepted: True"),
+        ({"hidden_act": "gelu_10"}, r"hidden_act='gelu_10' is not supported; did you mean 'gelu'\?"),
+    ],
+)
+def test_what_a_nystromformer_config_may_not_say_is_refused(changes: dict, message: str) -> None:
+    from writehead.convert.huggingface import read_config
+
+    values = make("nystromformer, masked words").config.to_dict() | changes
+    with pytest.raises(ValueError, match=message):
+        read_config(values)
+
+
+def test_a_classifier_of_transformers_is_refused_with_the_names_of_its_head(tmp_path: Path) -> None:
+    import transformers
+
+    config = make("nystromformer, no head").config
+    transformers.NystromformerForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(BadFile, match=r"4 tensors that no rule takes: 'classifier\.dense\.bias'"):
+        load(tmp_path / "model")
 
 
 def test_every_family_has_a_case() -> None:

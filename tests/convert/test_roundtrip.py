@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from their_models import CASES, make
+from their_models import CASES, ENCODERS, make
 
 from writehead.config import ModelConfig
 from writehead.convert.errors import BadFile
@@ -17,6 +17,7 @@ from writehead.convert.load import load, save
 from writehead.model.decoder import Decoder
 from writehead.model.parts import weights
 
+pytestmark = pytest.mark.filterwarnings("ignore:left out, since the model has no place:UserWarning")
 TOLERANCE = 1e-5  # largest difference of a logit, float32
 
 CLASSES = {"t5": transformers.AutoModelForSeq2SeqLM}
@@ -27,7 +28,8 @@ def logits_of_theirs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids[:, :5]
     with torch.no_grad():
-        return model(**inputs).logits
+        given = model(**inputs)
+    return given.logits if "logits" in given else given.last_hidden_state
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -42,12 +44,12 @@ def test_saved_models_load_in_transformers_and_here(case: str, tmp_path: Path) -
     ours = load(tmp_path / "theirs")
     kind = first.config.model_type
     save(ours.model, tmp_path / "saved", format="huggingface", model_type=kind)
-    loader = CLASSES.get(kind, transformers.AutoModelForCausalLM)
+    loader = type(first) if case in ENCODERS else CLASSES.get(kind, transformers.AutoModelForCausalLM)
     second, report = loader.from_pretrained(tmp_path / "saved", output_loading_info=True)
-    assert not report["missing_keys"]
+    assert not [key for key in report["missing_keys"] if ".pooler." not in key]  # guessing words needs none
     assert not report["unexpected_keys"]
     assert second.config.model_type == kind
-    ids = torch.randint(0, 97, (2, 19), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(1))
     assert (logits_of_theirs(first, ids) - logits_of_theirs(second, ids)).abs().max() < TOLERANCE
     again = load(tmp_path / "saved")
     assert again.config == ours.config

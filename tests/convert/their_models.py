@@ -46,6 +46,15 @@ LLAMA3 = rope(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+NYSTROM: dict[str, Any] = {
+    key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "num_hidden_layers")
+} | {
+    "num_hidden_layers": 2, "num_landmarks": 5, "segment_means_seq_len": 20, "conv_kernel_size": 7,
+    "layer_norm_eps": 1e-3, "type_vocab_size": 3,
+}  # fmt: skip
+PATTERNED = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"} | {
+    "layer_norm_eps": 1e-3, "type_vocab_size": 3,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", SMALL | {"tie_word_embeddings": True}),
     "llama, untied, all biases": ("Llama", SMALL | {"attention_bias": True, "mlp_bias": True}),
@@ -97,8 +106,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "t5": ("T5", T5),
     "t5, version 1.1": ("T5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "nystromformer, masked words": ("Nystromformer", NYSTROM),
+    "nystromformer, no head": ("Nystromformer", NYSTROM | {"num_landmarks": 4, "hidden_act": "relu"}),
+    "nystromformer, as many landmarks as tokens": (
+        "Nystromformer", NYSTROM | {"num_landmarks": 20},
+    ),
+    "longformer, masked words": ("Longformer", PATTERNED | {"attention_window": [4, 8, 4]}),
+    "big_bird, masked words": ("BigBird", PATTERNED | {"block_size": 4, "num_random_blocks": 1}),
+    "big_bird, all read all": (
+        "BigBird", PATTERNED | {"attention_type": "original_full", "rescale_embeddings": True},
+    ),
 }  # fmt: skip
-DECODERS = [name for name in CASES if not name.startswith("t5")]
+ENCODERS = [name for name in CASES if name.startswith(("nystromformer", "longformer", "big_bird"))]
+DECODERS = [name for name in CASES if not name.startswith("t5") and name not in ENCODERS]
 SEQ2SEQ = [name for name in CASES if name.startswith("t5")]
 
 
@@ -111,12 +131,14 @@ def make(case: str, **changes: Any) -> transformers.PreTrainedModel:
         "T5": transformers.T5ForConditionalGeneration,
     }
     torch.manual_seed(len(case))
+    if case in ENCODERS:
+        heads[kind] = getattr(transformers, f"{kind}{'Model' if 'no head' in case else 'ForMaskedLM'}")
     model = heads.get(kind, getattr(transformers, f"{kind}ForCausalLM", None))(config).eval()
     if case == "t5, version 1.1":  # transformers 5 ties what 1.1 does not
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            shift = 1.0 if "norm" in name or "ln_" in name else 0.0
+            shift = 1.0 if "norm" in name.lower() or "ln_" in name else 0.0
             shift = 0.0 if kind == "Gemma" else shift
             parameter.copy_(torch.randn(parameter.shape) * 0.15 + shift * (parameter.dim() == 1))
     return model

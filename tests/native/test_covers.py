@@ -56,6 +56,9 @@ REASONS = {
             },
         )
     ),
+    "no embed_norm_last; this model has True": changed(embed_norm=True, embed_norm_last=True),
+    "no token_types; this model has 2": changed(token_types=2),
+    "no head_transform; this model has 'relu'": changed(head_transform="relu"),
     "runs decoders; this model is of kind 'encoder'": config("bidirectional", "sinusoidal", kind="encoder"),
 }
 

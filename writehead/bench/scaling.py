@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from writehead.bench.plots import INK, _pyplot, _save
 from writehead.catalog import MIXERS, build, find
@@ -51,6 +52,8 @@ SUBJECTS: Mapping[str, Subject] = {
     "longformer": Subject(lambda T: {"name": "longformer", "window": WINDOW, "tokens": BLOCK}, 1),
     "big bird": Subject(lambda T: {"name": "big_bird", "block": BLOCK}, 1),
     "image 1d": Subject(lambda T: {"name": "image_1d", "block": WINDOW, "memory": WINDOW}, 1),
+    "block bert, looking back": Subject(lambda T: {"name": "block_causal", "blocks": 3, "block": WINDOW}, 1),
+    "axial": Subject(lambda T: {"name": "axial_causal", "image_width": _root(T)}, 1.5),
     "dense": Subject(lambda T: {"name": "mha"}, 2),
 }
 
@@ -87,19 +90,42 @@ def measure(
     spec = {**SUBJECTS[name].spec(tokens), "heads": heads}
     dim = heads * head_dim
     mixer = build(MIXERS, spec, dim=dim, position=None)
-    x = torch.randn(1, tokens, dim, requires_grad=True)
-    weight = torch.randn(1, tokens, dim)
     encodes = find(MIXERS, spec).decodes == "encode"
+
+    x = torch.randn(1, tokens, dim, requires_grad=True)
+
+    def run() -> Tensor:
+        pos = Positions.range(1, 0, tokens)
+        y: Tensor = mixer.encode(x, pos)[0] if encodes else mixer(x, pos)[0]
+        return y
+
+    return clock(run, torch.randn(x.shape), rounds)
+
+
+def clock(run: Callable[[], Tensor], weight: Tensor, rounds: int) -> tuple[float, float, int]:
+    """Least seconds of a forward call, least of one with its backward pass from the gradient `weight`, and
+    the bytes that the process grew by."""
     before = _highest(reset=True)
     forward, both = [], []
     for _ in range(rounds):
-        pos, start = Positions.range(1, 0, tokens), time.perf_counter()
-        y = mixer.encode(x, pos)[0] if encodes else mixer(x, pos)[0]
+        start = time.perf_counter()
+        y = run()
         middle = time.perf_counter()
         y.backward(weight)
         forward.append(middle - start)
         both.append(time.perf_counter() - start)
+        del y
     return min(forward), min(both), max(0, _highest() - before)
+
+
+def alone(name: str, tokens: int, work: Callable[..., tuple[float, float, int]], *args: Any) -> Growth:
+    """What `work(*args)` measures, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        task = pool.submit(work, *args)
+        try:
+            return Growth(name, tokens, *task.result())
+        except (BrokenProcessPool, RuntimeError, MemoryError, ImportError) as problem:
+            return Growth(name, tokens, error=f"{type(problem).__name__}: {problem}")
 
 
 def _highest(reset: bool = False) -> int:
@@ -142,12 +168,7 @@ def scaling(
             if name == "dense" and tokens > 1 << 14:
                 continue
             say(f"{name}, {tokens} tokens")
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                task = pool.submit(measure, name, tokens, heads, head_dim, threads, rounds)
-                try:
-                    found.append(Growth(name, tokens, *task.result()))
-                except (BrokenProcessPool, RuntimeError, MemoryError) as problem:
-                    found.append(Growth(name, tokens, error=f"{type(problem).__name__}: {problem}"))
+            found.append(alone(name, tokens, measure, name, tokens, heads, head_dim, threads, rounds))
     return found
 
 

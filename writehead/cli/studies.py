@@ -5,6 +5,11 @@ from typing import Annotated
 
 import typer
 
+PEERS = (
+    "A training step at 16384 tokens beside dense attention, transformers' Longformer and local-attention."
+)
+MODEL = "A training step of a whole model at 65536 tokens: 4 layers, width 256, a window of 256."
+
 
 def train(
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each case.")] = 5,
@@ -102,18 +107,28 @@ def scaling(
     head_dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each cell; the fastest counts.")] = 3,
-    out: Annotated[Path | None, typer.Option(help="Folder for scaling.json and scaling.png.")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help=PEERS)] = False,
+    model: Annotated[bool, typer.Option("--model", help=MODEL)] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for NAME.json and NAME.png.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="NAME of these files; default says what is in them.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Time and memory of one attention layer against the length, with the slopes of their curves."""
+    if peers or model:
+        if peers and model:
+            raise ValueError("--peers and --model are two measurements: ask for one")
+        _long_training(peers, only, tokens, heads, head_dim, threads, rounds, out, name, as_json)
+        return
     from writehead.bench import scaling
     from writehead.bench.measure import jsonable, write_record
     from writehead.cli.output import console, print_json, say
     from writehead.cli.tables import scaling_table
     from writehead.core.shapes import check_choice
 
-    for name in only or ():
-        check_choice("subject", name, scaling.SUBJECTS)
+    for subject in only or ():
+        check_choice("subject", subject, scaling.SUBJECTS)
     lengths = sorted(tokens or (4096, 16384, 65536))
     cells = scaling.scaling(
         only or scaling.SUBJECTS,
@@ -132,6 +147,54 @@ def scaling(
         console().print(scaling_table(cells))
     if out is not None:
         shape = {"heads": heads, "head_dim": head_dim, "threads": threads, "rounds": rounds}
-        write_record(out / "scaling.json", "scaling", results, shape, seed=0)
-        scaling.scaling_plot(cells, out / "scaling.png")
-        typer.echo(f"written: {out / 'scaling.json'} and its plot", err=True)
+        path = out / f"{name or 'scaling'}.json"
+        write_record(path, "scaling", results, shape, seed=0)
+        scaling.scaling_plot(cells, path.with_suffix(".png"))
+        typer.echo(f"written: {path} and its plot", err=True)
+
+
+def _long_training(
+    peers: bool,
+    only: list[str] | None,
+    tokens: list[int] | None,
+    heads: int,
+    head_dim: int,
+    threads: int,
+    rounds: int,
+    out: Path | None,
+    name: str | None,
+    as_json: bool,
+) -> None:
+    """Training steps on one long row: layers beside peers, or whole models."""
+    from writehead.bench import long_training
+    from writehead.bench.measure import jsonable, write_record
+    from writehead.cli.output import console, print_json, say
+    from writehead.cli.tables import long_table
+    from writehead.core.shapes import check_choice
+
+    if len(tokens or ()) > 1:
+        raise ValueError(f"--peers and --model measure at one length; got --tokens {tokens}")
+    for chosen in only or ():
+        check_choice("layer", chosen, long_training.LAYERS)
+    length = tokens[0] if tokens else 1 << (14 if peers else 16)
+    facts = {"tokens": length, "threads": threads}
+    if peers:
+        shape = {"heads": heads, "head_dim": head_dim, "rounds": rounds}
+        cells = long_training.beside_peers(
+            only or long_training.LAYERS, length, **shape, threads=threads, say=say
+        )
+        facts |= shape
+    else:
+        if only:
+            raise ValueError(f"--only chooses among layers; --model measures its two models, got {only}")
+        cells = long_training.models(length, threads=threads, say=say)
+    results = {"cells": cells, "times_ours": long_training.ratios(cells)} if peers else {"cells": cells}
+    say("")
+    if as_json:
+        print_json(jsonable(results))
+    else:
+        console().print(long_table(cells))
+    if out is not None:
+        path = out / f"{name or ('scaling-peers' if peers else 'scaling-model')}.json"
+        write_record(path, "scaling", results, facts, seed=0)
+        typer.echo(f"written: {path}", err=True)

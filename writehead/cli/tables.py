@@ -135,3 +135,14 @@ def scaling_table(cells: Sequence[Growth]) -> Table:
         both = f"{found['both_s']:.2f} (theory {found['theory']:g})"
         grid.add_row("", "slope", f"{found['forward_s']:.2f}", both, f"{found['peak_bytes']:.2f}")
     return grid
+
+
+def long_table(cells: Sequence[Growth]) -> Table:
+    """Seconds and memory of training steps on one long row."""
+    grid = table("training step", "tokens", "forward s", "with backward s", "peak memory")
+    for cell in cells:
+        figures = (f"{cell.forward_s:.3g}", f"{cell.both_s:.3g}", size(cell.peak_bytes))
+        grid.add_row(
+            cell.name, str(cell.tokens), *(("failed", cell.error[:60], "") if cell.error else figures)
+        )
+    return grid

@@ -1,5 +1,6 @@
 """Hugging Face model folders: which family a config.json speaks of, and the same model in both languages."""
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from importlib import import_module
 from typing import Any
@@ -20,7 +21,7 @@ from writehead.convert.families.base import (
     stack_of,
 )
 from writehead.convert.files import Tensors
-from writehead.convert.rules import Checkpoint, save_weights
+from writehead.convert.rules import Checkpoint, keys_like, save_weights
 from writehead.core.pattern import from_spec, to_spec
 from writehead.core.shapes import check_choice
 
@@ -37,7 +38,15 @@ FILES: Mapping[str, str] = {
     "bloom": "bloom",
     "mpt": "mpt",
     "t5": "t5",
+    "nystromformer": "nystromformer",
+    "longformer": "longformer",
+    "big_bird": "big_bird",
 }
+# what two configs must agree in to the letter
+SCALARS = (
+    "vocab", "dim", "depth", "tie_embeddings", "embed_norm", "embed_norm_last", "token_types",
+    "head_transform", "head_bias", "max_context",
+)  # fmt: skip
 
 
 def family(model_type: str) -> Family:
@@ -112,7 +121,10 @@ def open_huggingface(values: Mapping[str, Any], theirs: Tensors) -> Checkpoint:
     """
     found, config = read_config(values, theirs.keys())
     named = Prefixed(theirs, found.prefix)
-    return Checkpoint(config, found.rules(config), named, longest_side(theirs), found.ignorable)
+    if left := sorted(keys_like(found.dropped, named)):
+        warnings.warn(f"left out, since the model has no place for them: {', '.join(left)}", stacklevel=2)
+    passed = (*found.ignorable, *found.dropped)
+    return Checkpoint(config, found.rules(config), named, longest_side(theirs), passed)
 
 
 def longest_side(theirs: Tensors) -> int:
@@ -169,7 +181,7 @@ def _differences(a: ModelConfig, b: ModelConfig) -> Iterator[str]:
     if a.pixels is not None:
         yield "it holds a model of tokens, the model is one of images"
         return
-    for name in ("vocab", "dim", "depth", "tie_embeddings", "embed_norm", "head_bias", "max_context"):
+    for name in SCALARS:
         if getattr(a, name) != getattr(b, name) and not (name == "max_context" and a.max_context is None):
             yield f"{name} would become {getattr(b, name)}, it is {getattr(a, name)}"
     for name in ("embed_scale", "logit_scale"):

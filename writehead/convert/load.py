@@ -239,6 +239,7 @@ def check_sizes(checkpoint: Checkpoint) -> None:
         layers = config.mixer if isinstance(config.mixer, tuple) else (config.mixer,)
         others = config.feedforward if isinstance(config.feedforward, tuple) else (config.feedforward,)
         named: list[tuple[str, Any]] = [("vocab", config.vocab), ("dim", config.dim)]
+        named.append(("token_types", config.token_types or None))
         named += [(key, spec.get(key)) for spec in (*layers, *others, config.position) for key in SIDES]
         if config.position["name"] == "learned":
             named.append(("max_context", config.position.get("max_context")))

@@ -270,6 +270,12 @@ def _pattern(key: str) -> str:
     return re.escape(key).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{name\}", r"(?P<name>.+)")
 
 
+def keys_like(patterns: Iterable[str], keys: Iterable[str]) -> set[str]:
+    """The keys that one of the patterns, with placeholders as in rules, speaks of."""
+    compiled = [re.compile(_pattern(pattern)) for pattern in patterns]
+    return {key for key in keys if any(one.fullmatch(key) for one in compiled)}
+
+
 def present(match: Match, theirs: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The keys to read: the first of a single tensor's names that is there."""
     if match.copies and match.theirs[0] not in theirs:
@@ -281,8 +287,8 @@ def _check_keys(matches: Mapping[str, Match], ours: Iterable[str], checkpoint: C
     """Raise, listing both sides, unless rules take all of theirs and give all of ours."""
     theirs = checkpoint.theirs
     taken = {key for match in matches.values() for key in (*match.theirs, *match.copies)}
-    passed = [re.compile(_pattern(key)) for key in checkpoint.ignorable]
-    left = [key for key in theirs if key not in taken and not any(p.fullmatch(key) for p in passed)]
+    passed = keys_like(checkpoint.ignorable, theirs)
+    left = [key for key in theirs if key not in taken and key not in passed]
     lost = []
     for name in ours:
         if name not in matches:

@@ -140,6 +140,8 @@ class TorchEngine:
         tables = [*embedding.position.parameters()]
         if embedding.output is not None:
             tables.append(embedding.table)
+        if embedding.types is not None:
+            tables.append(embedding.types)
         skipped = {id(table) for table in tables}
         return sum(p.nbytes for p in self.decoder.parameters() if id(p) not in skipped)
 

@@ -72,12 +72,11 @@ class BigBird(ByLength):
     def pattern_for(self, length: int) -> Pattern:
         """Who may read whom in a sequence of `length` tokens."""
         b, m = self.block, -(-length // self.block)
-        near: Pattern = Blocks(b, 1) | Leading(b)
+        near: Pattern = Causal() & (Blocks(b, 1) | Leading(b))
         if not self.is_causal:
             near = Blocks(b, 1, 1) | everywhere(0, b) | everywhere((m - 1) * b, b)
-        drawn = 0 if self.is_causal else m
+        drawn = 0 if self.is_causal else m  # without a number only earlier blocks are drawn
         own: list[Pattern] = [
             near | Random(b, self.random, seed, 1, drawn) if self.random else near for seed in self.seeds
         ]
-        whole = own[0] if len(set(own)) == 1 else PerHead(tuple(own))
-        return Causal() & whole if self.is_causal else whole
+        return own[0] if len(set(own)) == 1 else PerHead(tuple(own))

@@ -27,10 +27,27 @@ class Encoder(nn.Module):
         self.embedding = Embedding(config, position)
         self.stack = build_stack(config, position)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Positions, Aux]:
-        """tokens (B, T), -1 = padding anywhere -> vectors (B, T, X), where they stand, auxiliary values."""
+    def forward(self, tokens: Tensor, types: Tensor | None = None) -> tuple[Tensor, Positions, Aux]:
+        """Read whole sequences.
+
+        Args:
+            tokens: (B, T) ids, -1 = padding anywhere.
+            types: (B, T) the type of each token, for models with `token_types`; default 0.
+
+        Returns:
+            Vectors (B, T, X), where they stand, auxiliary values.
+
+        Raises:
+            ValueError: a shape, token, type or position that the model does not have.
+        """
         check_shape("tokens", tokens, "B T")
+        if types is not None:
+            check_shape("types", types, "B T", B=len(tokens), T=tokens.shape[1])
         valid = tokens >= 0
         pos = Positions(torch.where(valid, valid.cumsum(1) - 1, -1))
-        x, aux = self.stack.encode(self.embedding(tokens, pos), pos)  # type: ignore[operator]
+        x, aux = self.stack.encode(self.embedding(tokens, pos, types), pos)  # type: ignore[operator]
         return x, pos, aux
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The vectors (..., X) -> (..., V): what a masked token may have been."""
+        return self.embedding.logits(x)

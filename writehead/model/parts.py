@@ -13,11 +13,14 @@ from writehead.catalog import FEEDFORWARDS, MIXERS, PIXELS, POSITIONS, STACKS, a
 from writehead.config import ModelConfig
 from writehead.core.bind import Of, itself, product
 from writehead.core.positions import Positions
+from writehead.core.shapes import check_choice
+from writehead.feedforward.dense import ACTIVATIONS
 from writehead.positions.base import Scheme, has
 
 
 class Embedding(nn.Module):
-    """Token ids to vectors and back: the table, its scale, its norm, its positions, and the output matrix."""
+    """Token ids to vectors and back: table, scale, norm, positions and types of tokens, and the output
+    matrix."""
 
     def __init__(self, config: ModelConfig, position: Scheme, table: nn.Parameter | None = None) -> None:
         """Make it; `table` (V, X) shares another's."""
@@ -25,20 +28,35 @@ class Embedding(nn.Module):
         self.table = nn.Parameter(torch.empty(config.vocab, config.dim)) if table is None else table
         if table is None:
             nn.init.normal_(self.table, std=0.02)
-        self.norm = nn.LayerNorm(config.dim) if config.embed_norm else None
+        eps = _norm_eps(config)
+        self.norm_last = config.embed_norm_last
+        self.norm = nn.LayerNorm(config.dim, eps if self.norm_last else 1e-5) if config.embed_norm else None
         self.position = position
+        self.types = nn.Parameter(torch.empty(config.token_types, config.dim)) if config.token_types else None
+        if self.types is not None:
+            nn.init.normal_(self.types, std=0.02)
         width = output_width(config)
+        kind = config.head_transform
+        self.transform = None if kind is None else Transform(width, kind, eps)
         self.output = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab, width))
         if self.output is not None:
             nn.init.normal_(self.output, std=width**-0.5)
         self.bias = nn.Parameter(torch.zeros(config.vocab)) if config.head_bias else None
         self.scale, self.logit_scale = config.embed_scale, config.logit_scale
 
-    def forward(self, tokens: Tensor, pos: Positions) -> Tensor:
-        """tokens (B, T), -1 = padding -> (B, T, X).
+    def forward(self, tokens: Tensor, pos: Positions, types: Tensor | None = None) -> Tensor:
+        """The vectors that the stack reads.
+
+        Args:
+            tokens: (B, T) ids, -1 = padding.
+            pos: where they stand.
+            types: (B, T) the type of each token; default 0, if the model has types.
+
+        Returns:
+            (B, T, X).
 
         Raises:
-            ValueError: a token that the vocabulary does not have.
+            ValueError: a token that the vocabulary does not have, or a type that the model does not have.
         """
         last = int(tokens.max())
         if last >= len(self.table):
@@ -48,20 +66,58 @@ class Embedding(nn.Module):
         x = F.embedding(tokens.clamp_min(0), self.table)
         if self.scale != 1:
             x = x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
-        if self.norm is not None:
+        if self.norm is not None and not self.norm_last:
             x = self.norm(x)
+        if self.types is not None or types is not None:
+            x = x + self._typed(types)
         places = self.position.embed(pos, x.dtype)
-        return x if places is None else x + places
+        x = x if places is None else x + places
+        return self.norm(x) if self.norm is not None and self.norm_last else x
+
+    def _typed(self, types: Tensor | None) -> Tensor:
+        """Vectors of the tokens' types; padding may have any type that there is, or -1."""
+        if self.types is None:
+            raise ValueError("types were given, but the model has token_types=0")
+        if types is None:
+            return self.types[0]
+        if int(types.max()) >= len(self.types):
+            raise ValueError(
+                f"type {int(types.max())} is not one of the model's {len(self.types)} token types"
+            )
+        return F.embedding(types.clamp_min(0), self.types)
 
     def bind_logits(self, of: Of = itself) -> Callable[[Tensor], Tensor]:
         """`logits` as a plain function."""
         head = product(of, self.table if self.output is None else self.output, self.bias)
         scale = self.logit_scale
-        return head if scale == 1 else lambda x: head(x * scale)
+        scaled = head if scale == 1 else lambda x: head(x * scale)
+        if self.transform is None:
+            return scaled
+        transform = of(self.transform)
+        return lambda x: scaled(transform(x))
 
     def logits(self, x: Tensor) -> Tensor:
         """x (..., X) -> (..., V)."""
         return self.bind_logits()(x)
+
+
+class Transform(nn.Module):
+    """What stands before the output matrix of BERT and its kin: a dense layer, an activation, a LayerNorm."""
+
+    def __init__(self, dim: int, activation: str, eps: float) -> None:
+        """Make it; `activation` is one of `feedforward.dense.ACTIVATIONS`."""
+        super().__init__()
+        check_choice("head_transform", activation, ACTIVATIONS)
+        self.inner, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim, eps)
+        self.activate = ACTIVATIONS[activation]
+
+    def bind(self, of: Of = itself) -> Callable[[Tensor], Tensor]:
+        inner, norm, activate = of(self.inner), of(self.norm), self.activate
+        return lambda x: norm(activate(inner(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., X) -> (..., X)."""
+        return self.bind()(x)
 
 
 def build_embedding(config: ModelConfig, position: Scheme, table: nn.Parameter | None) -> Any:
@@ -164,6 +220,12 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     kept = set(model.state_dict(keep_vars=True))
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor.detach() for name, tensor in named if name in kept}
+
+
+def _norm_eps(config: ModelConfig) -> float:
+    """The epsilon of the stack's norms."""
+    eps: float = argument(STACKS, config.stack, "eps")
+    return eps
 
 
 def _heads_of(config: ModelConfig, spec: Any) -> dict[str, Any]:

@@ -113,6 +113,9 @@ def outline(config: ModelConfig) -> Outline:
         raise NotCoveredError(f"the native engine has no {config.position['name']} positions")
     if type(model.stack) is not Residual:
         raise NotCoveredError(f"the native engine has no {config.stack['name']} stack")
+    for key in ("embed_norm_last", "token_types", "head_transform"):
+        if getattr(config, key):
+            raise NotCoveredError(f"the native engine has no {key}; this model has {getattr(config, key)!r}")
     blocks = list(model.blocks)
     if blocks[0].order == "post":
         raise NotCoveredError(

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from writehead.core.pattern import Pattern
-from writehead.core.pattern.plan import Part, Plan, Tile, plan
+from writehead.core.pattern.plan import Part, Plan, Tile, natural_size, plan_heads, skeleton
+from writehead.ops import picked
 from writehead.ops.tile import additive, backward, forward, give, take
 
 BLOCK = 128  # queries and keys of a block
@@ -64,13 +65,20 @@ def block_attend(
     H, G = q.shape[2], k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     valid = None if valid is None or bool(valid.all()) else valid
-    if pattern.heads is None:
-        return _run(q, k, v, plan(pattern, q.shape[1], size or BLOCK), valid, bias, scale)
+    picking = bias is None  # biases are made for runs of tokens
     pieces, taken = [], []
-    for heads in _alike(pattern, H, G):
+    for heads in _alike(pattern, H, G, picking):
+        first = pattern.head(heads[0])
+        tiles = plan_heads(
+            _sets(pattern, heads, H, G) if picking else (first,),
+            q.shape[1],
+            size or (natural_size(first, BLOCK) if picking else BLOCK),
+            picking,
+        )
+        if heads == list(range(H)):
+            return _run(q, k, v, tiles, valid, bias, scale)
         own = torch.tensor(heads, device=q.device)
         shared = torch.tensor(sorted({h * G // H for h in heads}), device=q.device)
-        tiles = plan(pattern.head(heads[0]), q.shape[1], size or BLOCK)
         own_bias = None if bias is None else bias._replace(of=_of_heads(bias.of, own))
         part = (q.index_select(2, own), k.index_select(2, shared), v.index_select(2, shared))
         pieces.append(_run(*part, tiles, valid, own_bias, scale))
@@ -79,16 +87,36 @@ def block_attend(
     return torch.cat(pieces, 2).index_select(2, back)
 
 
-def _alike(pattern: Pattern, heads: int, kv_heads: int) -> Iterator[list[int]]:
-    """Sets of query heads with one pattern and as many heads of each key/value head."""
-    sets: dict[Pattern, dict[int, list[int]]] = {}
+def _alike(pattern: Pattern, heads: int, kv_heads: int, picking: bool) -> Iterator[list[int]]:
+    """Sets of query heads with one pattern, but for the blocks picked, and as many heads of each key/value
+    head."""
+    if pattern.heads is None:
+        yield list(range(heads))
+        return
+    sets: dict[Any, dict[int, list[int]]] = {}
     for h in range(heads):
-        sets.setdefault(pattern.head(h), {}).setdefault(h * kv_heads // heads, []).append(h)
+        own = pattern.head(h)
+        alike = skeleton(own) if picking else own
+        sets.setdefault(alike, {}).setdefault(h * kv_heads // heads, []).append(h)
     for groups in sets.values():
         if len({len(group) for group in groups.values()}) == 1:
             yield [h for group in groups.values() for h in group]
         else:
             yield from groups.values()
+
+
+def _sets(pattern: Pattern, heads: list[int], all_heads: int, kv_heads: int) -> tuple[Pattern, ...]:
+    """The patterns of a set's heads: one if all are equal, one for each key/value head if those of its heads
+    are, or one for each head."""
+    own = [pattern.head(h) for h in heads]
+    if len(set(own)) == 1:
+        return (own[0],)
+    groups: dict[int, list[Pattern]] = {}
+    for h, one in zip(heads, own, strict=True):
+        groups.setdefault(h * kv_heads // all_heads, []).append(one)
+    if all(len(set(group)) == 1 for group in groups.values()):
+        return tuple(group[0] for group in groups.values())
+    return tuple(own)
 
 
 def _of_heads(of: Callable[..., Tensor | None], heads: Tensor) -> Callable[..., Tensor]:
@@ -189,6 +217,9 @@ class _Blocks(torch.autograd.Function):
                 own_y[:, :, rows], own_lse[:, :, rows] = out
             if not whole:
                 _merge(y, lse, own_y, own_lse, part.queries)
+        for picks in given.plan.picks:
+            for rows, *own in picked.forward(picked.Gathered(picks, q, k, v, given.valid, given.scale)):
+                _merge(y[:, :, rows], lse[:, :, rows], own[0], own[1], None)
         ctx.save_for_backward(q, k, v, y, lse, *parameters)
         ctx.given = given
         return y
@@ -201,7 +232,8 @@ class _Blocks(torch.autograd.Function):
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[4:], strict=True) if needed]
         slopes = _Slopes(given, wanted)
         lse = lse.masked_fill(lse == -torch.inf, 0)
-        totals = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+        # zeros as (B, T, H, D): whoever joins the three gradients again finds tokens one after the other
+        totals = tuple(torch.zeros_like(t.transpose(1, 2)).transpose(1, 2) for t in (q, k, v))
         for part in given.plan.parts:
             pq, pk, pv = _placed(part, q, k, v)
             pg, py, pl = (t if part.queries is None else _place(t, part.queries) for t in (grad, y, lse))
@@ -219,6 +251,9 @@ class _Blocks(torch.autograd.Function):
             if not whole:
                 for total, value, order in zip(totals, own, orders, strict=True):
                     _back(total, value, order)
+        for picks in given.plan.picks:
+            part_of_all = picked.Gathered(picks, q, k, v, given.valid, given.scale)
+            picked.backward(part_of_all, grad, y, lse, totals)
         return *totals, None, *slopes.gradients(ctx.needs_input_grad[4:])
 
 

@@ -205,6 +205,7 @@ class Family:
         write: the config of a model; may be wrong for a model of another family, which reading it back shows.
         rules: the table for a model.
         ignorable: patterns of keys that hold no weights.
+        dropped: patterns of keys whose weights have no place here; leaving them out gives a warning.
     """
 
     model_type: str
@@ -214,6 +215,7 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     rules: Callable[[ModelConfig], tuple[Rule, ...]]
     ignorable: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 def full(table: Mapping[str, Row], spec: Spec) -> dict[str, Any]:

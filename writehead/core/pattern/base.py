@@ -46,10 +46,12 @@ class Order(NamedTuple):
     Attributes:
         stride: with more than 1, tokens lie as the columns of a matrix of that width.
         columns: only these keys can be read.
+        block: with a size, each block of queries reads a few blocks of keys, picked from anywhere.
     """
 
     stride: int = 1
     columns: Columns | None = None
+    block: int = 0
 
 
 class Pattern(ABC):
@@ -88,6 +90,10 @@ class Pattern(ABC):
         """In an order of stride l: a pattern of the places (p mod l) * rows + p // l that has all pairs of
         this one."""
         raise ValueError(f"{self} has no order of its own")
+
+    def picked(self, block: Tensor) -> Tensor:
+        """In an order of blocks: block (N,) of queries -> (N, R) blocks of keys that it reads, -1 = none."""
+        raise ValueError(f"{self} picks no blocks")
 
     def needed(self, k: Tensor, t: Tensor) -> Tensor:
         """bool: may a query at a position >= t still read key k? Sound, not necessarily tight."""
@@ -183,6 +189,9 @@ class And(Pattern):
     def folded(self, rows: int) -> Pattern:
         return (self.a if self.a.order != Order() else self.b).folded(rows)
 
+    def picked(self, block: Tensor) -> Tensor:
+        return (self.a if self.a.order != Order() else self.b).picked(block)
+
     def keys(self, q: Tensor) -> Tensor:
         first, second = sorted((self.a, self.b), key=lambda p: p.reach.window is None)
         try:
@@ -232,6 +241,9 @@ class Or(Pattern):
 
     def folded(self, rows: int) -> Pattern:
         return self.a.folded(rows) | self.b.folded(rows)
+
+    def picked(self, block: Tensor) -> Tensor:
+        return torch.cat([self.a.picked(block), self.b.picked(block)], -1)
 
     def keys(self, q: Tensor) -> Tensor:
         a, b = self.a.keys(q), self.b.keys(q)

@@ -1,8 +1,9 @@
 """From a pattern to tiles: which pieces of the score matrix block-sparse attention computes, in which order.
 
 A union of patterns is cut into parts that want the same order of tokens: strides lie contiguously once the
-tokens are the columns of a matrix, and summary columns once the other keys are left out. A pair that several
-parts have belongs to the first of them.
+tokens are the columns of a matrix, and summary columns once the other keys are left out. Blocks drawn at
+random are few in no order: they are picked one by one. A pair that several parts have belongs to the first of
+them.
 """
 
 from collections.abc import Iterator
@@ -59,24 +60,74 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
+class Picks:
+    """For each block of queries the blocks of keys that it reads, of one size, as K sets of heads have it.
+
+    Attributes:
+        size: tokens of a block.
+        blocks: (K, N, R), of N blocks of queries at most R blocks of keys, -1 = none.
+        clear: (K, N, R) bool, may each query of the block read each key of the other, and for the first time?
+        patterns: of the K sets.
+        earlier: what earlier parts have.
+    """
+
+    size: int
+    blocks: Tensor
+    clear: Tensor
+    patterns: tuple[Pattern, ...]
+    earlier: Pattern | None
+
+    def mask(self, first: int, last: int, length: int) -> Tensor | None:
+        """Blocks first..last - 1 of queries: bool (K, n, queries of a block, R * size), None = all."""
+        if bool(self.clear[:, first:last].all()):
+            return None
+        q = torch.arange(first * self.size, min(last * self.size, length)).view(last - first, -1, 1)
+        read = self.blocks[:, first:last, None]
+        k = (read[..., None] * self.size + torch.arange(self.size)).flatten(-2)
+        real = (read >= 0).repeat_interleave(self.size, -1) & (k < length)
+        seen = torch.stack([p.allows(q, own) for p, own in zip(self.patterns, k.clamp_min(0), strict=True)])
+        if self.earlier is not None:
+            seen &= ~self.earlier.allows(q, k.clamp_min(0))
+        return seen & real
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """All parts of a pattern over a sequence of `length` tokens."""
 
     length: int
     parts: tuple[Part, ...]
+    picks: tuple[Picks, ...] = ()
 
     @property
     def density(self) -> float:
-        """Scores computed, as a share of all pairs."""
-        return sum(tile.cells for part in self.parts for tile in part.tiles) / max(1, self.length**2)
+        """Scores computed, as a share of all pairs, in the mean of the heads."""
+        cells = float(sum(tile.cells for part in self.parts for tile in part.tiles))
+        cells += sum(float(p.blocks[0].numel() * p.size**2) for p in self.picks)
+        return cells / max(1, self.length**2)
 
 
-def parts_of(pattern: Pattern) -> dict[Order, Pattern]:
-    """A head-free pattern as a union of patterns of one order each, the natural one first."""
+@lru_cache(maxsize=256)
+def _parts_of(pattern: Pattern, picking: bool) -> tuple[tuple[Order, Pattern], ...]:
     found: dict[Order, Pattern] = {}
-    for order, part in sorted(_leaves(pattern), key=lambda leaf: leaf[0] != Order()):
+    leaves = [(order if picking or not order.block else Order(), part) for order, part in _leaves(pattern)]
+    for order, part in sorted(leaves, key=lambda leaf: (leaf[0].block, leaf[0] != Order())):
         found[order] = found[order] | part if order in found else part
-    return found
+    return tuple(found.items())
+
+
+def parts_of(pattern: Pattern, picking: bool = True) -> dict[Order, Pattern]:
+    """A head-free pattern as a union of patterns of one order each, the natural one first and picked blocks
+    last (without `picking`: among the natural order)."""
+    return dict(_parts_of(pattern, picking))
+
+
+def skeleton(pattern: Pattern) -> tuple[tuple[Order, Pattern | None], ...]:
+    """What two heads must have in common to go through one plan: everything but which blocks are picked,
+    where these have one size."""
+    parts = _parts_of(pattern, True)
+    one = sum(order.block > 0 for order, _ in parts) == 1
+    return tuple((order, None if order.block and one else part) for order, part in parts)
 
 
 def _leaves(pattern: Pattern) -> Iterator[tuple[Order, Pattern]]:
@@ -99,12 +150,22 @@ def estimate(pattern: Pattern, length: int, size: int) -> float:
     """The share of all pairs that tiles of `size` would compute, without making them."""
     cells = 0
     for order, part in parts_of(pattern).items():
+        if order.block:
+            row = part.picked(torch.zeros(1, dtype=torch.int64))
+            cells += -(-length // order.block) * row.shape[-1] * order.block**2
+            continue
         _, _, grid = _grid(part, order, length, size)
         cells += int(grid.sum()) * size * size
     return cells / max(1, length**2)
 
 
-@lru_cache(maxsize=64)
+def natural_size(pattern: Pattern, usual: int) -> int:
+    """How large the tiles had best be: as large as those that are picked, unless those are far off."""
+    sizes = {order.block for order in parts_of(pattern) if order.block}
+    size = max(sizes, default=usual)
+    return size if usual // 2 <= size <= 2 * usual else usual
+
+
 def plan(pattern: Pattern, length: int, size: int) -> Plan:
     """The tiles of a head-free pattern.
 
@@ -113,9 +174,64 @@ def plan(pattern: Pattern, length: int, size: int) -> Plan:
         length: tokens T, standing at positions 0 to T - 1.
         size: queries and keys of a block.
     """
+    return plan_heads((pattern,), length, size)
+
+
+@lru_cache(maxsize=64)
+def plan_heads(patterns: tuple[Pattern, ...], length: int, size: int, picking: bool = True) -> Plan:
+    """One plan for K sets of heads, whose patterns differ only in the blocks that they pick.
+
+    Args:
+        patterns: of the sets; one skeleton.
+        length, size: as of `plan`.
+        picking: pick blocks one by one; otherwise only one pattern may be given.
+    """
+    split = [_parts_of(pattern, picking) for pattern in patterns]
+    tiled = tuple(leaf for leaf in split[0] if not leaf[0].block)
+    picks, earlier = [], None
+    for _, part in tiled:
+        earlier = part if earlier is None else earlier | part
+    for place in range(len(tiled), len(split[0])):
+        order = split[0][place][0]
+        own = tuple(leaves[place][1] for leaves in split)
+        picks.append(_picks(own, earlier, order.block, length))
+        earlier = own[0] if earlier is None else earlier | own[0]
+    return Plan(length, _tiled(tiled, length, size), tuple(picks))
+
+
+def _picks(patterns: tuple[Pattern, ...], earlier: Pattern | None, size: int, length: int) -> Picks:
+    block = torch.arange(-(-length // size))
+    found = []
+    for pattern in patterns:
+        read = pattern.picked(block)
+        read = torch.where(read * size < length, read, -1).sort(-1).values
+        twice = torch.zeros_like(read, dtype=torch.bool)
+        twice[:, 1:] = read[:, 1:] == read[:, :-1]
+        found.append(torch.where(twice, -1, read))
+    blocks = torch.stack(found)
+    clear = (blocks >= 0) & ((blocks + 1) * size <= length)
+    clear &= torch.tensor([_picks_whole(pattern) for pattern in patterns])[:, None, None]
+    if earlier is not None:
+        q0, k0 = (block * size)[:, None], blocks.clamp_min(0) * size
+        q1 = (q0 + size - 1).clamp_max(length - 1)
+        met = [earlier.tiles(q0, q1, own, (own + size - 1).clamp_max(length - 1)) for own in k0]
+        clear &= ~torch.stack([m.expand(blocks.shape[1:]) for m in met])
+    return Picks(size, blocks, clear, patterns, earlier)
+
+
+def _picks_whole(pattern: Pattern) -> bool:
+    """Does every query of a block read every key of the blocks picked?"""
+    if isinstance(pattern, Or):
+        return _picks_whole(pattern.a) and _picks_whole(pattern.b)
+    return not isinstance(pattern, And)
+
+
+@lru_cache(maxsize=64)
+def _tiled(split: tuple[tuple[Order, Pattern], ...], length: int, size: int) -> tuple[Part, ...]:
+    """The parts that are made of tiles."""
     parts, earlier = [], None
     known: dict[bytes, Tensor] = {}
-    for order, part in parts_of(pattern).items():
+    for order, part in split:
         queries, keys, grid = _grid(part, order, length, size)
         tiles = []
         for i, row in enumerate(grid):
@@ -124,7 +240,7 @@ def plan(pattern: Pattern, length: int, size: int) -> Plan:
             tiles += [] if tile is None else [tile]
         parts.append(Part(queries, keys, tuple(tiles)))
         earlier = part if earlier is None else earlier | part
-    return Plan(length, tuple(parts))
+    return tuple(parts)
 
 
 def _grid(part: Pattern, order: Order, length: int, size: int) -> tuple[Tensor | None, Tensor | None, Tensor]:

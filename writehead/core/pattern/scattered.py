@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from writehead.core.pattern.base import Pattern, Reach
+from writehead.core.pattern.base import Order, Pattern, Reach
 
 LOW = (1 << 32) - 1  # the hash works on 32 bits, held in int64
 ODD = (0x7FEB352D, 0x846CA68B)  # multipliers of a published 32-bit integer hash (lowbias32)
@@ -38,6 +38,13 @@ class Random(Pattern):
             raise ValueError(
                 f"{self}: size and count must be at least 1, seed, near and blocks_drawn at least 0"
             )
+
+    @property
+    def order(self) -> Order:
+        return Order(block=self.size)
+
+    def picked(self, block: Tensor) -> Tensor:
+        return self.table(block)
 
     def table(self, block: Tensor) -> Tensor:
         """block (...) -> (..., count): the blocks that each one reads, -1 where there are no more to draw."""
