@@ -77,6 +77,13 @@ def close(state: Open, x: Tensor, pos: Positions) -> tuple[Open, Blocks | None]:
     return left, Blocks(seen[:, :N].to(x.dtype), number)
 
 
+def between(keys: Keys, low: int, high: int) -> Keys:
+    """The run of slots that holds all positions from `low` up to, not including, `high`."""
+    held = ((keys.pos >= low) & (keys.pos < high)).any(0).nonzero()
+    s = slice(int(held[0]), int(held[-1]) + 1) if len(held) else slice(0, 0)
+    return Keys(keys.k[:, s], keys.v[:, s], keys.pos[:, s])
+
+
 def summarise(
     kv: KV,
     blocks: Blocks | None,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from writehead.core.bind import Of, itself
 from writehead.core.cache import KV, Keys, Layout, Store, empty, state_bytes
-from writehead.core.chunks import Open, close, open_bytes, opened, summarise
+from writehead.core.chunks import Open, between, close, open_bytes, opened, summarise
 from writehead.core.heads import QKV
 from writehead.core.pattern import Reach
 from writehead.core.positions import Positions
@@ -31,6 +31,8 @@ from writehead.mixers.softmax import _views
 from writehead.mixers.transformer_xl import distances, projections
 from writehead.ops.attend import attend, merge
 from writehead.positions.relative import Relative
+
+PIECE = 256  # queries of the reconstruction loss at a time
 
 
 class Compressed(NamedTuple):
@@ -181,10 +183,15 @@ class Compressive(nn.Module):
                 bias = relative(placed, pos.once(distances, view.q, view.k), pos)
                 k, val = near.k[:, s], near.v[:, s]
                 part = attend(read, k, val, mask=view.mask, bias=bias, scale=scale, exact=exact)
-                mask, away = _slots(view.q, far.pos, pattern, per_block, most)
+                slots = far
+                if not view.whole:
+                    ends = _floor(pattern.first(view.q[view.q >= 0]), pattern.segment) * per_block
+                    low, high = (int(ends.min()) - most, int(ends.max())) if len(ends) else (0, 0)
+                    slots = between(far, low, high)
+                mask, away = _slots(view.q, slots.pos, pattern, per_block, most)
                 if bool(mask.any()):
                     bias = relative(placed, away, pos)
-                    other = attend(read, far.k, far.v, mask=mask, bias=bias, scale=scale, exact=exact)
+                    other = attend(read, slots.k, slots.v, mask=mask, bias=bias, scale=scale, exact=exact)
                     part = merge([part, other])
                 pieces.append(part[0])
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
@@ -210,16 +217,29 @@ class Compressive(nn.Module):
             valid = pos.valid & (leaving >= 0)
             number, blocks = _gather(hidden.detach(), near.pos, leaving, valid, L)
             k, v = project(self.compress(blocks).flatten(1, 2))
-            of_slot = number.repeat_interleave(per_block, 1)
-            asked = torch.where(valid, leaving, -1)[:, None, :, None]
-            short = attend(q, k, v, mask=asked == of_slot[:, None, None], scale=scale, exact=True)[0]
-            of_token = torch.where(near.pos >= 0, _floor(near.pos, L), -2)
-            known = (asked == of_token[:, None, None]) & valid[:, None, :, None]
-            long = attend(q, near.k.detach(), near.v.detach(), mask=known, scale=scale)[0]
-            error = (long - short).square().mean((2, 3)) * valid
-            return {"reconstruction": error.sum() / valid.sum().clamp_min(1)}
+            slots = Keys(k, v, number.repeat_interleave(per_block, 1))
+            blocks_of = torch.where(near.pos >= 0, _floor(near.pos, L), -2)
+            tokens = Keys(near.k.detach(), near.v.detach(), blocks_of)
+            asked, total = torch.where(valid, leaving, -1), q.new_zeros(())
+            for first in range(0, q.shape[1], PIECE):
+                t = slice(first, first + PIECE)
+                real = asked[:, t][valid[:, t]]
+                if len(real):
+                    low, high = int(real.min()), int(real.max()) + 1
+                    short, long = (
+                        _read_block(q[:, t], between(keys, low, high), asked[:, t], scale)
+                        for keys in (slots, tokens)
+                    )
+                    total = total + ((long - short).square().mean((2, 3)) * valid[:, t]).sum()
+            return {"reconstruction": total / valid.sum().clamp_min(1)}
 
         return run
+
+
+def _read_block(q: Tensor, keys: Keys, asked: Tensor, scale: float) -> Tensor:
+    """What queries read of the one block (B, T) that each asks for, -1 = none; positions are blocks."""
+    mask = (asked[:, :, None] == keys.pos[:, None]) & (asked >= 0)[:, :, None]
+    return attend(q, keys.k, keys.v, mask=mask[:, None], scale=scale, exact=True)[0]
 
 
 def _floor(index: Tensor, size: int) -> Tensor:

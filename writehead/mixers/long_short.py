@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from writehead.core.bind import Of, itself
 from writehead.core.cache import KV, Keys, Layout, Store, empty, state_bytes
-from writehead.core.chunks import Open, close, open_bytes, opened, summarise
+from writehead.core.chunks import Open, between, close, open_bytes, opened, summarise
 from writehead.core.heads import QKV
 from writehead.core.pattern import Causal, Window
 from writehead.core.positions import Positions
@@ -173,11 +173,12 @@ class LongShort(nn.Module):
                 k, val = near.k[:, s], near.v[:, s]
                 part = attend(read + u, k, val, mask=view.mask, bias=bias, scale=1.0, exact=exact)
                 before = torch.div(view.q, chunk, rounding_mode="floor") * rank
-                away = distances(before, far.pos)
-                mask = ((away > 0) & (far.pos >= 0)[:, None] & (view.q >= 0)[:, :, None])[:, None]
+                slots = far if view.whole else between(far, 0, int(before.max()))
+                away = distances(before, slots.pos)
+                mask = ((away > 0) & (slots.pos >= 0)[:, None] & (view.q >= 0)[:, :, None])[:, None]
                 if bool(mask.any()):
                     bias = far_places(read, away, pos)
-                    other = attend(read, far.k, far.v, mask=mask, bias=bias, scale=1.0, exact=exact)
+                    other = attend(read, slots.k, slots.v, mask=mask, bias=bias, scale=1.0, exact=exact)
                     part = merge([part, other])
                 pieces.append(part[0])
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

@@ -208,7 +208,7 @@ def _views(pos: Positions, k_pos: Tensor, pattern: Pattern, biased: bool) -> lis
     if in_order and pattern == Causal() and not biased:
         return [View(everything, everything, q_pos, k_pos, None, causal=True)]
     T, S = q_pos.shape[1], k_pos.shape[1]
-    rows = max(16, SCORES // max(S, 1))
+    rows = max(16, SCORES // max(S, 1), _rows_of_band(pattern))
     if rows >= T:
         return [View(everything, everything, q_pos, k_pos, _mask(q_pos, k_pos, pattern))]
     views = []
@@ -218,6 +218,16 @@ def _views(pos: Positions, k_pos: Tensor, pattern: Pattern, biased: bool) -> lis
         q, k = q_pos[:, t], k_pos[:, s]
         views.append(View(t, s, q, k, _mask(q, k, pattern), whole=False))
     return views
+
+
+def _rows_of_band(pattern: Pattern) -> int:
+    """Queries whose keys are not many more than those that one of them reads; 0 if that grows with the
+    sequence."""
+    reach = pattern.reach
+    if reach.window is None or reach.columns is not None:
+        return 0
+    band = max(reach.lead + reach.window, 256)
+    return min(band, SCORES // (2 * band))
 
 
 def _mask(q: Tensor, k: Tensor, pattern: Pattern) -> Tensor | None:
