@@ -1,9 +1,9 @@
 """From which length on a mechanism is faster than dense attention, and how its time and memory grow.
 
-One layer with one head of 64 and one row, in training (forward and backward) and in decoding (one token behind
-a past). Memory is counted in bytes of tensors (`live.peak`); theory is the mixer's own count of operations. A
-series ends where it takes more than `HOPELESS` times as long as dense attention at the same length, or where it
-would hold more than `MOST_BYTES`; what is not there was not measured.
+One layer with one head of 64 and one row, in training (forward and backward) and in decoding (one token
+behind a past). Memory is counted in bytes of tensors (`live.peak`); theory is the mixer's own count of
+operations. A series ends where it takes more than `HOPELESS` times as long as dense attention at the same
+length, or where it would hold more than `MOST_BYTES`; what is not there was not measured.
 """
 
 import math
