@@ -1,4 +1,4 @@
-"""Does a memory of segments help? Transformer-XL with and without one, and a Compressive Transformer, on a text.
+"""Does a memory of segments help? Transformer-XL with and without, and a Compressive Transformer, on a text.
 
 All models have the same layers, data order, seed and number of steps; the state is carried from segment
 to segment and its gradient cut. Bits a character on held-out text, with the memory of the training and
