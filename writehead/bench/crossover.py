@@ -61,6 +61,7 @@ SUBJECTS: Mapping[str, Subject] = {
     "rfa": _of("rfa", features=32),
     "rfa_gate": _of("rfa_gate", features=32),
     "luna": _of("luna"),
+    "linformer_prefix": _long("linformer_prefix"),
     "transformer_xl": _of("transformer_xl"),
     "sliding_xl": _of("sliding_xl"),
     "compressive": _of("compressive"),

@@ -207,6 +207,8 @@ def _views(pos: Positions, k_pos: Tensor, pattern: Pattern, biased: bool) -> lis
     in_order = k_pos is q_pos and (pos.start is not None or pos.in_place)
     if in_order and pattern == Causal() and not biased:
         return [View(everything, everything, q_pos, k_pos, None, causal=True)]
+    if pattern == Full() and not biased and bool((k_pos >= 0).all()):
+        return [View(everything, everything, q_pos, k_pos, None)]
     T, S = q_pos.shape[1], k_pos.shape[1]
     rows = max(16, SCORES // max(S, 1), _rows_of_band(pattern))
     if rows >= T:
