@@ -128,6 +128,8 @@ MIXERS = _table(
         "O(S)", "a window of tokens and a few summaries of every earlier chunk, in one softmax"),
     Row("linformer", "mixers.linformer:Linformer", "arXiv:2006.04768", "low rank", "O(T R)", "encode",
         "keys and values are projected along the sequence to R slots"),
+    Row("linformer_prefix", "mixers.linformer_prefix:LinformerPrefix", "arXiv:2006.04768", "low rank",
+        "O(T R)", "O(1)", "keys and values of the past summed into R slots, by learned weights of positions"),
     Row("nystromformer", "mixers.nystromformer:Nystromformer", "arXiv:2102.03902", "low rank", "O(T M)",
         "encode", "the attention matrix from its rows and columns at M landmarks"),
     Row("synthesizer_dense", "mixers.synthesizer:Synthesizer", "arXiv:2005.00743", "low rank", "O(T^2)",

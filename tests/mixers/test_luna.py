@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from writehead.config import ModelConfig
 from writehead.core.positions import Positions
-from writehead.mixers import luna
 from writehead.mixers.luna import Luna, LunaEncoder, log2_1p_exp2
 from writehead.model.encoder import Encoder
+from writehead.ops import prefix
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}
 
@@ -32,7 +32,7 @@ def assert_equal(y, right, wanted):
 @pytest.mark.parametrize("piece", [64, 3])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_the_causal_form_is_the_papers_with_its_gradients(kv_heads, piece, monkeypatch):
-    monkeypatch.setattr(luna, "PIECE", piece)
+    monkeypatch.setattr(prefix, "PIECE", piece)
     mixer = Luna(8, heads=4, kv_heads=kv_heads, slots=3).double()
     x = torch.randn(2, 8, 8).double().requires_grad_()
     right = torch.stack([causal(row, weights_of(mixer)) for row in x])

@@ -19,3 +19,8 @@ def linformer(x: Tensor, q: Tensor, k: Tensor, v: Tensor, e: Tensor, f: Tensor, 
         shares = torch.softmax(x @ q[h].T @ keys.T / math.sqrt(D), -1)
         heads.append(shares @ read)
     return torch.cat(heads, -1) @ out.T
+
+
+def prefix(x: Tensor, q: Tensor, k: Tensor, v: Tensor, e: Tensor, f: Tensor, out: Tensor) -> Tensor:
+    """The same of every token's past alone: row t of the Linformer of x up to t."""
+    return torch.stack([linformer(x[: t + 1], q, k, v, e, f, out)[-1] for t in range(len(x))])

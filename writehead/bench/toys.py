@@ -1,19 +1,16 @@
 """Two tasks that tell what a mixer can remember: associative recall and copying, learned by one layer.
 
-Run as `python -m writehead.bench.toys --out FOLDER`: every mixer that should learn a task, and what cannot:
-a window shorter than the gap, and a recurrent state with fewer values than there are things to remember.
+Every mixer that should learn a task, and what cannot: a window shorter than the gap, and a recurrent state
+with fewer values than there are things to remember.
 """
 
-import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from writehead.bench.measure import write_record
 from writehead.catalog import MIXERS, Spec, build
 from writehead.core.positions import Positions
 
@@ -111,22 +108,3 @@ def learn(spec: Spec, task: str, *, steps: int = 250, rows: int = 64, seed: int 
     batch = TASKS[task](1000, generator)
     with torch.no_grad():
         return float((model(batch).argmax(-1) == batch.answer).float().mean())
-
-
-def main() -> None:
-    """Learn everything and write the accuracies."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for toys.json")
-    given = parser.parse_args()
-    found: dict[str, dict[str, Any]] = {task: {} for task in TASKS}
-    for task, accuracies in found.items():
-        for name, spec in {**LEARN, **CANNOT}.items():
-            accuracies[name] = learn(spec, task)
-            print(f"{task:8} {name:40} {accuracies[name]:.3f}", flush=True)
-    write_record(given.out / "toys.json", "toys", found, {"chance": 1 / SYMBOLS}, seed=0)
-
-
-if __name__ == "__main__":
-    main()

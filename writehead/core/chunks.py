@@ -77,6 +77,18 @@ def close(state: Open, x: Tensor, pos: Positions) -> tuple[Open, Blocks | None]:
     return left, Blocks(seen[:, :N].to(x.dtype), number)
 
 
+def between(keys: Keys, low: int, high: int) -> Keys:
+    """The run of slots that holds all positions from `low` up to, not including, `high`."""
+    s = run_between(keys.pos, low, high)
+    return Keys(keys.k[:, s], keys.v[:, s], keys.pos[:, s])
+
+
+def run_between(pos: Tensor, low: int, high: int) -> slice:
+    """The run of slots (B, S) in which all positions from `low` up to, not including, `high` stand."""
+    held = ((pos >= low) & (pos < high)).any(0).nonzero()
+    return slice(int(held[0]), int(held[-1]) + 1) if len(held) else slice(0, 0)
+
+
 def summarise(
     kv: KV,
     blocks: Blocks | None,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from writehead.core.bind import Of, itself
 from writehead.core.cache import KV, Keys, Layout, Store, empty, state_bytes
-from writehead.core.chunks import Open, close, open_bytes, opened, summarise
+from writehead.core.chunks import Open, between, close, open_bytes, opened, run_between, summarise
 from writehead.core.heads import QKV
 from writehead.core.pattern import Reach
 from writehead.core.positions import Positions
@@ -27,10 +27,13 @@ from writehead.core.segments import Segments, keep
 from writehead.core.shapes import check_choice, check_multiple
 from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
-from writehead.mixers.softmax import _views
-from writehead.mixers.transformer_xl import distances, projections
+from writehead.mixers.softmax import View, _views
+from writehead.mixers.transformer_xl import cut_views, distances, projections
 from writehead.ops.attend import attend, merge
+from writehead.ops.cut import cut
 from writehead.positions.relative import Relative
+
+PIECE = 256  # queries of the reconstruction loss at a time
 
 
 class Compressed(NamedTuple):
@@ -175,16 +178,18 @@ class Compressive(nn.Module):
 
         def run(q: Tensor, near: Keys, far: Keys, pos: Positions) -> Tensor:
             pieces, exact = [], torch.is_grad_enabled()
-            for view in pos.once(_views, pos, near.pos, pattern, True):
-                t, s = view.queries, view.keys
-                placed, read = (q[:, t] + v) * scale, q[:, t] + u
+            views = pos.once(_views, pos, near.pos, pattern, True)
+            runs = pos.once(_old, pos, near.pos, far.pos, pattern, per_block, most)
+            old = (cut(far.k, runs), cut(far.v, runs))
+            parts = zip(views, runs, *cut_views(views, q, near), *old, strict=True)
+            for view, run, one, k, val, *slots in parts:
+                placed, read = (one + v) * scale, one + u
                 bias = relative(placed, pos.once(distances, view.q, view.k), pos)
-                k, val = near.k[:, s], near.v[:, s]
                 part = attend(read, k, val, mask=view.mask, bias=bias, scale=scale, exact=exact)
-                mask, away = _slots(view.q, far.pos, pattern, per_block, most)
+                mask, away = _slots(view.q, far.pos[:, run], pattern, per_block, most)
                 if bool(mask.any()):
                     bias = relative(placed, away, pos)
-                    other = attend(read, far.k, far.v, mask=mask, bias=bias, scale=scale, exact=exact)
+                    other = attend(read, *slots, mask=mask, bias=bias, scale=scale, exact=exact)
                     part = merge([part, other])
                 pieces.append(part[0])
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
@@ -210,16 +215,44 @@ class Compressive(nn.Module):
             valid = pos.valid & (leaving >= 0)
             number, blocks = _gather(hidden.detach(), near.pos, leaving, valid, L)
             k, v = project(self.compress(blocks).flatten(1, 2))
-            of_slot = number.repeat_interleave(per_block, 1)
-            asked = torch.where(valid, leaving, -1)[:, None, :, None]
-            short = attend(q, k, v, mask=asked == of_slot[:, None, None], scale=scale, exact=True)[0]
-            of_token = torch.where(near.pos >= 0, _floor(near.pos, L), -2)
-            known = (asked == of_token[:, None, None]) & valid[:, None, :, None]
-            long = attend(q, near.k.detach(), near.v.detach(), mask=known, scale=scale)[0]
-            error = (long - short).square().mean((2, 3)) * valid
-            return {"reconstruction": error.sum() / valid.sum().clamp_min(1)}
+            slots = Keys(k, v, number.repeat_interleave(per_block, 1))
+            blocks_of = torch.where(near.pos >= 0, _floor(near.pos, L), -2)
+            tokens = Keys(near.k.detach(), near.v.detach(), blocks_of)
+            error = _errors(q, slots, tokens, torch.where(valid, leaving, -1), scale)
+            return {"reconstruction": error / valid.sum().clamp_min(1)}
 
         return run
+
+
+def _errors(q: Tensor, slots: Keys, tokens: Keys, asked: Tensor, scale: float) -> Tensor:
+    """The sum over queries of what they read of the tokens and of the slots of one block apart.
+
+    Args:
+        q: (B, T, H, D).
+        slots, tokens: what they read; positions are numbers of blocks.
+        asked: (B, T) the block of each query, -1 = none.
+        scale: of the scores.
+    """
+    queries, spans = [], []
+    for first in range(0, q.shape[1], PIECE):
+        real = asked[:, first : first + PIECE]
+        real = real[real >= 0]
+        if len(real):
+            queries.append(slice(first, first + PIECE))
+            spans.append((int(real.min()), int(real.max()) + 1))
+    runs, total = [run_between(slots.pos, *span) for span in spans], q.new_zeros(())
+    pieces = zip(queries, spans, runs, cut(slots.k, runs), cut(slots.v, runs), strict=True)
+    for t, span, run, k, v in pieces:
+        short = _read_block(q[:, t], Keys(k, v, slots.pos[:, run]), asked[:, t], scale)
+        long = _read_block(q[:, t], between(tokens, *span), asked[:, t], scale)
+        total = total + ((long - short).square().mean((2, 3)) * (asked[:, t] >= 0)).sum()
+    return total
+
+
+def _read_block(q: Tensor, keys: Keys, asked: Tensor, scale: float) -> Tensor:
+    """What queries read of the one block (B, T) that each asks for, -1 = none; positions are blocks."""
+    mask = (asked[:, :, None] == keys.pos[:, None]) & (asked >= 0)[:, :, None]
+    return attend(q, keys.k, keys.v, mask=mask[:, None], scale=scale, exact=True)[0]
 
 
 def _floor(index: Tensor, size: int) -> Tensor:
@@ -241,6 +274,21 @@ def _gather(hidden: Tensor, pos: Tensor, leaving: Tensor, valid: Tensor, size: i
     grid = hidden.new_zeros(len(hidden), N * size, hidden.shape[-1])
     grid[row, slot[row, token]] = hidden[row, token]
     return low[:, None] + torch.arange(N, device=pos.device), grid.unflatten(1, (N, size))
+
+
+def _old(
+    pos: Positions, near: Tensor, slot: Tensor, recent: Segments, per_block: int, most: int
+) -> list[slice]:
+    """The run of compressed slots (B, S) that each view of the call may read."""
+    views: list[View] = pos.once(_views, pos, near, recent, True)
+    if len(views) == 1:
+        return [slice(None)]
+    runs = []
+    for view in views:
+        ends = _floor(recent.first(view.q[view.q >= 0]), recent.segment) * per_block
+        low, high = (int(ends.min()) - most, int(ends.max())) if len(ends) else (0, 0)
+        runs.append(run_between(slot, low, high))
+    return runs
 
 
 def _slots(q: Tensor, slot: Tensor, recent: Segments, per_block: int, most: int) -> tuple[Tensor, Tensor]:

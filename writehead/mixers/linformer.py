@@ -4,10 +4,13 @@ Paper     Wang et al. 2020, "Linformer: Self-Attention with Linear Complexity", 
 Equation  y = softmax(q (E K)^T / sqrt(D)) (F V),  E and F (R, N) learned over positions
 State     none: each slot mixes all positions, so no mask could hide the future
 Cost      whole sequence O(T R H D); 2 R N parameters, with a projection for each head G times as many
-Decodes   not at all; `prefix` forms of it are another function
+Decodes   not at all; `linformer_prefix` is another function
 Differs   a token takes the column of its position, so sequences shorter than N use the first columns as both
-          reference codes do; sharing one projection among all layers is not offered
+          reference codes do
 """
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +23,7 @@ from writehead.mixer import NOTHING, Aux
 from writehead.mixers.transformer_xl import projections
 from writehead.ops.attend import attend
 
-SHARING = ("none", "heads", "key_value")
+SHARING = ("none", "heads", "key_value", "layers")
 
 
 class Linformer(nn.Module):
@@ -44,7 +47,8 @@ class Linformer(nn.Module):
             heads, kv_heads, head_dim: as in `Softmax`.
             max_context: positions N that the projections know.
             rank: slots R.
-            sharing: "none" (E and F for each key/value head), "heads" (one E and one F), "key_value" (E = F).
+            sharing: "none" (E and F for each key/value head), "heads" (one E and one F), "key_value"
+                (E = F), "layers" (that, the same in all layers of a model).
 
         Raises:
             ValueError: numbers that do not divide or are out of range, unknown sharing.
@@ -53,10 +57,10 @@ class Linformer(nn.Module):
         check_choice("sharing", sharing, SHARING)
         if max_context < 1 or rank < 1:
             raise ValueError(f"max_context={max_context} and rank={rank} must both be at least 1")
-        self.max_context, self.rank = max_context, rank
+        self.max_context, self.rank, self.sharing = max_context, rank, sharing
         self.qkv = QKV(dim, heads, kv_heads, head_dim)
         H, G, D = self.qkv.heads, self.qkv.kv_heads, self.qkv.head_dim
-        kinds, each = (1 if sharing == "key_value" else 2), (G if sharing == "none" else 1)
+        kinds, each = (1 if sharing in ("key_value", "layers") else 2), (G if sharing == "none" else 1)
         self.project = nn.Parameter(torch.empty(max_context, kinds, each, rank))
         nn.init.uniform_(self.project, -(rank**-0.5), rank**-0.5)
         self.out = nn.Linear(H * D, dim, bias=False)
@@ -80,6 +84,23 @@ class Linformer(nn.Module):
         columns = columns.expand(B, T, 2, G, self.rank)
         slots = [torch.einsum("btgr,btgd->brgd", columns[:, :, i], t) for i, t in enumerate((k, v))]
         return self.out(attend(q, *slots)[0].flatten(2)), NOTHING
+
+
+def share_projection(mixers: Iterable[Any]) -> None:
+    """Give the mixers whose projection belongs to all layers that of the first of them.
+
+    Raises:
+        ValueError: projections of different shapes.
+    """
+    shared = [mixer for mixer in mixers if getattr(mixer, "sharing", None) == "layers"]
+    for mixer in shared[1:]:
+        ours, first = mixer.project, shared[0].project
+        if ours.shape != first.shape:
+            raise ValueError(
+                f'layers with sharing="layers" need one max_context and one rank; got {first.shape[0]} and '
+                f"{first.shape[-1]}, then {ours.shape[0]} and {ours.shape[-1]}"
+            )
+        mixer.project = first
 
 
 def check_end(pos: Positions, end: int) -> None:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from writehead.core.bind import Of, itself
 from writehead.core.cache import KV, Keys, Layout, Store, empty, state_bytes
-from writehead.core.chunks import Open, close, open_bytes, opened, summarise
+from writehead.core.chunks import Open, between, close, open_bytes, opened, summarise
 from writehead.core.heads import QKV
 from writehead.core.pattern import Causal, Window
 from writehead.core.positions import Positions
@@ -30,8 +30,9 @@ from writehead.core.segments import remember
 from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.softmax import _views
-from writehead.mixers.transformer_xl import distances, projections
+from writehead.mixers.transformer_xl import cut_views, distances, projections
 from writehead.ops.attend import attend, merge
+from writehead.ops.cut import cut
 from writehead.positions.relative import Relative
 
 
@@ -166,18 +167,18 @@ class LongShort(nn.Module):
 
         def run(q: Tensor, near: Keys, far: Keys, pos: Positions) -> Tensor:
             pieces, exact = [], torch.is_grad_enabled()
-            for view in pos.once(_views, pos, near.pos, window, True):
-                t, s = view.queries, view.keys
-                read = q[:, t] * scale
+            views = pos.once(_views, pos, near.pos, window, True)
+            for view, one, k, val in zip(views, *cut_views(views, q, near), strict=True):
+                read = one * scale
                 bias = near_places(read + v, pos.once(distances, view.q, view.k), pos)
-                k, val = near.k[:, s], near.v[:, s]
                 part = attend(read + u, k, val, mask=view.mask, bias=bias, scale=1.0, exact=exact)
                 before = torch.div(view.q, chunk, rounding_mode="floor") * rank
-                away = distances(before, far.pos)
-                mask = ((away > 0) & (far.pos >= 0)[:, None] & (view.q >= 0)[:, :, None])[:, None]
+                slots = far if view.whole else between(far, 0, int(before.max()))
+                away = distances(before, slots.pos)
+                mask = ((away > 0) & (slots.pos >= 0)[:, None] & (view.q >= 0)[:, :, None])[:, None]
                 if bool(mask.any()):
                     bias = far_places(read, away, pos)
-                    other = attend(read, far.k, far.v, mask=mask, bias=bias, scale=1.0, exact=exact)
+                    other = attend(read, slots.k, slots.v, mask=mask, bias=bias, scale=1.0, exact=exact)
                     part = merge([part, other])
                 pieces.append(part[0])
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
@@ -231,13 +232,14 @@ class LongShortEncoder(nn.Module):
         # an exponential of so low a score is exactly 0, and rows of nothing but padding stay finite
         shares = self.share(x).masked_fill(~valid[..., None], -1e30).softmax(1).unflatten(2, (G, R))
         far = [self.far_norm(torch.einsum("btgr,btgd->brgd", shares, t)) for t in (k, v)]
-        pieces = []
-        for first in range(0, x.shape[1], self.window):
-            t = slice(first, first + self.window)
-            s, mask = pos.once(_band, pos.index, first, self.window)
+        pieces, firsts = [], range(0, x.shape[1], self.window)
+        bands = [pos.once(_band, pos.index, first, self.window) for first in firsts]
+        queries = [slice(first, first + self.window) for first in firsts]
+        near = (cut(t, [s for s, _ in bands]) for t in (k, v))
+        for t, (_, mask), one, *own in zip(queries, bands, cut(q, queries), *near, strict=True):
             mask = F.pad(mask, (R, 0), value=True)[:, None] & valid[:, t][:, None, :, None]
-            keys, seen = (torch.cat([a, b[:, s]], 1) for a, b in zip(far, (k, v), strict=True))
-            pieces.append(attend(q[:, t], keys, seen, mask=mask)[0])
+            keys, seen = (torch.cat([a, b], 1) for a, b in zip(far, own, strict=True))
+            pieces.append(attend(one, keys, seen, mask=mask)[0])
         return self.out(torch.cat(pieces, 1).flatten(2)), NOTHING
 
 

@@ -27,9 +27,9 @@ from writehead.core.shapes import check_multiple, check_shape
 from writehead.core.work import Call, Work, products, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.attend import attend
+from writehead.ops.prefix import prefix
 
 LN2 = 0.6931471805599453
-PIECE = 64  # tokens whose products are made pair by pair
 
 
 class Sums(NamedTuple):
@@ -194,23 +194,3 @@ class LunaEncoder(nn.Module):
 def log2_1p_exp2(x: Tensor) -> Tensor:
     """log2(1 + 2^x): softplus with beta = ln 2, 1 at 0."""
     return F.softplus(x, beta=LN2, threshold=40)
-
-
-def prefix(q: Tensor, k: Tensor, v: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """q_t . (total + sum_{j <= t} k_j v_j^T) for every token of a call.
-
-    Args:
-        q: (B, T, G, H / G, D).
-        k, v: (B, T, G, D) and (B, T, G, M); a token where either is 0 is not remembered.
-        total: (B, G, D, M), the sum over earlier calls.
-
-    Returns:
-        The products (B, T, G, H / G, M), and the sum after the call.
-    """
-    pieces = []
-    for qc, kc, vc in zip(q.split(PIECE, 1), k.split(PIECE, 1), v.split(PIECE, 1), strict=True):
-        pairs = torch.einsum("btgxd,bsgd->bgxts", qc, kc).tril()
-        near = torch.einsum("bgxts,bsgm->btgxm", pairs, vc)
-        pieces.append(near + torch.einsum("btgxd,bgdm->btgxm", qc, total))
-        total = total + torch.einsum("bsgd,bsgm->bgdm", kc, vc)
-    return torch.cat(pieces, 1), total

@@ -208,7 +208,9 @@ def _views(pos: Positions, k_pos: Tensor, pattern: Pattern, biased: bool) -> lis
     T, S = q_pos.shape[1], k_pos.shape[1]
     if pattern == Causal() and not biased and _in_order(pos, k_pos):
         return [View(everything, everything, q_pos, k_pos, None, causal=True)]
-    rows = max(16, SCORES // max(S, 1))
+    if pattern == Full() and not biased and bool((k_pos >= 0).all()):
+        return [View(everything, everything, q_pos, k_pos, None)]
+    rows = max(16, SCORES // max(S, 1), _rows_of_band(pattern))
     if rows >= T:
         return [View(everything, everything, q_pos, k_pos, _mask(q_pos, k_pos, pattern))]
     views = []
@@ -228,6 +230,16 @@ def _in_order(pos: Positions, k_pos: Tensor) -> bool:
     if T == 1 or pos.start is None or pos.start + T != S:
         return False
     return bool((k_pos == torch.arange(S, device=k_pos.device)).all())
+
+
+def _rows_of_band(pattern: Pattern) -> int:
+    """Queries whose keys are not many more than those that one of them reads; 0 if that grows with the
+    sequence."""
+    reach = pattern.reach
+    if reach.window is None or reach.columns is not None:
+        return 0
+    band = max(reach.lead + reach.window, 256)
+    return min(band, SCORES // (2 * band))
 
 
 def _mask(q: Tensor, k: Tensor, pattern: Pattern) -> Tensor | None:

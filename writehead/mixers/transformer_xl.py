@@ -15,7 +15,7 @@ Differs   no stop-gradient inside a call: the caller's `detach` between calls cu
           here, their TensorFlow code M + 1
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,9 @@ from writehead.core.segments import Segments, remember
 from writehead.core.shapes import check_shape
 from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
-from writehead.mixers.softmax import _views
+from writehead.mixers.softmax import View, _views
 from writehead.ops.attend import attend
+from writehead.ops.cut import cut
 from writehead.positions.relative import Relative
 
 
@@ -116,12 +117,10 @@ class TransformerXL(nn.Module):
         u, v = self.content_bias, self.place_bias
 
         def run(q: Tensor, keys: Keys, pos: Positions) -> Tensor:
-            pieces = []
-            for view in pos.once(_views, pos, keys.pos, pattern, True):
-                t, s = view.queries, view.keys
-                bias = relative((q[:, t] + v) * scale, pos.once(distances, view.q, view.k), pos)
-                k, values = keys.k[:, s], keys.v[:, s]
-                pieces.append(attend(q[:, t] + u, k, values, mask=view.mask, bias=bias, scale=scale)[0])
+            pieces, views = [], pos.once(_views, pos, keys.pos, pattern, True)
+            for view, one, k, value in zip(views, *cut_views(views, q, keys), strict=True):
+                bias = relative((one + v) * scale, pos.once(distances, view.q, view.k), pos)
+                pieces.append(attend(one + u, k, value, mask=view.mask, bias=bias, scale=scale)[0])
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
         return run
@@ -145,6 +144,12 @@ def projections(
         return heads.narrow(2, 0, G), heads.narrow(2, G, G)
 
     return query, project
+
+
+def cut_views(views: Sequence[View], q: Tensor, keys: Keys) -> list[Sequence[Tensor]]:
+    """The queries, keys and values of each view."""
+    read = [view.keys for view in views]
+    return [cut(q, [view.queries for view in views]), cut(keys.k, read), cut(keys.v, read)]
 
 
 def distances(q: Tensor, k: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from writehead.core.bind import Of, itself, product
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice
 from writehead.feedforward.dense import ACTIVATIONS
+from writehead.mixers.linformer import share_projection
 from writehead.positions.base import Scheme, has
 
 
@@ -211,6 +212,7 @@ def build_stack(config: ModelConfig, position: Scheme) -> nn.Module:
         feedforward = build(FEEDFORWARDS, config.layer("feedforward", index), dim=config.dim)
         cross = None if config.cross is None else build(MIXERS, config.cross, dim=config.dim)
         layers.append((mixer, feedforward, cross))
+    share_projection(mixer for mixer, _, _ in layers)
     stack: nn.Module = build(STACKS, config.stack, dim=config.dim, layers=layers)
     return stack
 

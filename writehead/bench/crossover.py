@@ -1,0 +1,310 @@
+"""From which length on a mechanism is faster than dense attention, and how its time and memory grow.
+
+One layer with one head of 64 and one row, in training (forward and backward) and in decoding (one token
+behind a past). Memory is counted in bytes of tensors (`live.peak`); theory is the mixer's own count of
+operations. A series ends where it takes more than `HOPELESS` times as long as dense attention at the same
+length, or where it would hold more than `MOST_BYTES`; what is not there was not measured.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from writehead.bench.live import peak
+from writehead.bench.plots import INK, _pyplot, _save
+from writehead.bench.scaling import slope
+from writehead.catalog import MIXERS, build
+from writehead.core.cache import Store
+from writehead.core.positions import Positions
+from writehead.core.state import detach
+from writehead.core.work import Call
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+FITTED = 4096  # slopes are those from so many tokens on
+WIDTH, HOPELESS, MOST_BYTES = 64, 4.0, 4 << 30
+ROUNDS, LONG_S = 3, 2.0  # samples of a cell; one that takes longer than LONG_S has a single sample
+DENSE, DENSE_ENCODER = "mha", "bidirectional"
+PARTS = ("train", "decode", "memory")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A mechanism: the arguments of its mixer at a length, how it is used, and bytes a pair of tokens."""
+
+    spec: Callable[[int], Mapping[str, Any]]
+    causal: bool = True
+    pair_bytes: int = 0  # held in training for every pair of tokens
+
+
+def _of(name: str, causal: bool = True, pair_bytes: int = 0, **options: Any) -> Subject:
+    return Subject(lambda T: {"name": name, **options}, causal, pair_bytes)
+
+
+def _long(name: str, causal: bool = True, pair_bytes: int = 0, **options: Any) -> Subject:
+    """One that has weights for positions, as many as there are tokens."""
+    spec = lambda T: {"name": name, "max_context": T, **options}  # noqa: E731
+    return Subject(spec, causal, pair_bytes)
+
+
+SUBJECTS: Mapping[str, Subject] = {
+    DENSE: _of(DENSE),
+    "linear": _of("linear"),
+    "performer": _of("performer", features=64),
+    "performer_relu": _of("performer_relu", features=64),
+    "rfa": _of("rfa", features=32),
+    "rfa_gate": _of("rfa_gate", features=32),
+    "luna": _of("luna"),
+    "linformer_prefix": _long("linformer_prefix"),
+    "transformer_xl": _of("transformer_xl"),
+    "sliding_xl": _of("sliding_xl"),
+    "compressive": _of("compressive"),
+    "long_short": _of("long_short"),
+    "synthesizer_dense": _long("synthesizer_dense", pair_bytes=24),
+    "synthesizer_random": _long("synthesizer_random", pair_bytes=24),
+    "factorised_dense": _long("factorised_dense", pair_bytes=24),
+    "factorised_random": _long("factorised_random", pair_bytes=24),
+    "synthesizer_mixed": _long("synthesizer_mixed", pair_bytes=32),
+    DENSE_ENCODER: _of(DENSE_ENCODER, False),
+    "linformer": _long("linformer", False),
+    "nystromformer": _of("nystromformer", False),
+    "luna_encoder": _of("luna_encoder", False),
+    "long_short_encoder": _of("long_short_encoder", False),
+    "linear, both sides": _of("linear", False),
+    "performer, both sides": _of("performer", False, features=64),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One mechanism at one length.
+
+    Attributes:
+        name, tokens: what was measured; tokens of the call, or of the past that one token reads.
+        part: "train" or "decode".
+        forward_s, seconds: least seconds of the forward pass under autograd, and of the whole.
+        samples: of which they are the least.
+        peak_bytes: of tensors, training only.
+        flops: operations by the mixer's own formula, forward.
+        over: why the series ends here, if it does.
+    """
+
+    name: str
+    tokens: int
+    part: str
+    forward_s: float = math.nan
+    seconds: float = math.nan
+    samples: int = 0
+    peak_bytes: int = 0
+    flops: int = 0
+    over: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A form for JSON."""
+        return asdict(self)
+
+
+def dense_of(name: str) -> str:
+    """The dense attention that a mechanism is compared with."""
+    return DENSE if SUBJECTS[name].causal else DENSE_ENCODER
+
+
+def make(name: str, tokens: int) -> nn.Module:
+    """The mechanism's mixer for a length, with one head of `WIDTH`."""
+    torch.manual_seed(0)
+    spec = {**SUBJECTS[name].spec(tokens), "heads": 1}
+    mixer: nn.Module = build(MIXERS, spec, dim=WIDTH, position=None)
+    return mixer
+
+
+def _forward(mixer: Any, x: torch.Tensor, causal: bool) -> torch.Tensor:
+    pos = Positions.range(1, 0, x.shape[1])
+    if not causal:
+        encoded: torch.Tensor = mixer.encode(x, pos)[0]
+        return encoded
+    y: torch.Tensor
+    if hasattr(mixer, "whole"):
+        y, aux = mixer.whole(x, pos)
+    else:
+        y, state, aux = mixer(x, pos)
+        detach(state)
+    return y + sum(value.mean() for name, value in aux.items() if name == "reconstruction")
+
+
+def _train(mixer: nn.Module, tokens: int, causal: bool) -> float:
+    """Both passes; gives the seconds of the first."""
+    x = torch.randn(1, tokens, WIDTH, requires_grad=True)
+    start = time.perf_counter()
+    y = _forward(mixer, x, causal)
+    middle = time.perf_counter()
+    wanted = [x, *(p for p in mixer.parameters() if p.requires_grad)]
+    torch.autograd.grad(y.sum(), wanted, allow_unused=True)
+    return middle - start
+
+
+def train_cell(name: str, tokens: int) -> Cell:
+    """Time of both passes over a row of `tokens`."""
+    mixer, causal = make(name, tokens), SUBJECTS[name].causal
+    _train(mixer, min(tokens, 256), causal)
+    firsts, both = [], []
+    while len(both) < ROUNDS and (not both or sum(both) < LONG_S):
+        start = time.perf_counter()
+        firsts.append(_train(mixer, tokens, causal))
+        both.append(time.perf_counter() - start)
+    flops = mixer.work(Call(tokens=tokens)).flops  # type: ignore[operator]
+    return Cell(name, tokens, "train", min(firsts), min(both), len(both), flops=flops)
+
+
+def peak_cell(name: str, tokens: int) -> Cell:
+    """Bytes of tensors of both passes."""
+    held = peak(partial(_train, make(name, tokens), tokens, SUBJECTS[name].causal))
+    return Cell(name, tokens, "memory", peak_bytes=held)
+
+
+@torch.inference_mode()
+def decode_cell(name: str, tokens: int) -> Cell:
+    """Time of one token behind a past of `tokens`."""
+    mixer: Any = make(name, tokens + 4096)
+    run, piece = mixer.bind(), 1024
+    state = mixer.init_state(1, torch.zeros(1, 1, WIDTH), Store(capacity=tokens + 4096))
+    x = torch.randn(1, piece, WIDTH)
+    for first in range(0, tokens, piece):
+        size = min(piece, tokens - first)
+        _, state, _ = run(x[:, :size], Positions.range(1, first, first + size), state)
+    token, samples, at = x[:, :1], [], tokens
+    for _ in range(9):
+        start = time.perf_counter()
+        for _ in range(32):
+            _, state, _ = run(token, Positions.range(1, at, at + 1), state)
+            at += 1
+        samples.append((time.perf_counter() - start) / 32)
+    flops = mixer.work(Call(tokens=1, context=tokens)).flops
+    return Cell(name, tokens, "decode", seconds=min(samples[1:]), samples=8 * 32, flops=flops)
+
+
+def study(
+    names: Iterable[str],
+    lengths: Sequence[int] = LENGTHS,
+    parts: Sequence[str] = PARTS,
+    *,
+    known: Sequence[Cell] = (),
+    keep: Callable[[Cell], None] = lambda cell: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Cell]:
+    """Measure mechanisms, the dense ones first, since series end by comparison with them.
+
+    Args:
+        names: of `SUBJECTS`.
+        lengths: tokens.
+        parts: of `PARTS`.
+        known: cells of earlier runs, whose dense ones count.
+        keep: given each cell when it is there.
+        say: told what happens, before it happens.
+    """
+    measure = {"train": train_cell, "decode": decode_cell, "memory": peak_cell}
+    cells: list[Cell] = []
+    order = sorted(names, key=lambda name: name not in (DENSE, DENSE_ENCODER))
+    for part in parts:
+        for name in order:
+            if part == "decode" and not SUBJECTS[name].causal:
+                continue
+            for tokens in sorted(lengths):
+                reason = _stop(name, tokens, part, [*known, *cells])
+                say(f"{part}: {name}, {tokens} tokens")
+                cells.append(Cell(name, tokens, part, over=reason) if reason else measure[part](name, tokens))
+                keep(cells[-1])
+                if reason:
+                    break
+    return cells
+
+
+def _stop(name: str, tokens: int, part: str, cells: Sequence[Cell]) -> str:
+    """Why a series ends before this length; "" if it goes on."""
+    held = SUBJECTS[name].pair_bytes * tokens**2
+    if held > MOST_BYTES and part != "decode":
+        return f"training would hold about {held / 2**30:.0f} GiB"
+    if SUBJECTS[name].spec(tokens)["name"] in ("synthesizer_random", "synthesizer_mixed") and tokens > 16384:
+        return f"its table of scores would take {tokens**2 * 4 / 2**30:.0f} GiB"
+    mine, dense = ([c for c in cells if (c.name, c.part) == (n, part)] for n in (name, dense_of(name)))
+    if part != "memory" and name != dense_of(name) and mine:
+        last = mine[-1]
+        same = next((c for c in dense if c.tokens == last.tokens), None)
+        if last.tokens >= FITTED * 2 and same and last.seconds > HOPELESS * same.seconds:
+            return f"{last.seconds / same.seconds:.1f} times as long as dense attention at {last.tokens}"
+    return ""
+
+
+def slopes(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
+    """For each mechanism the slopes from `FITTED` tokens on, in doubly logarithmic scales."""
+    found: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(cell.name for cell in cells):
+        own = [c for c in cells if c.name == name and c.tokens >= FITTED and not c.over]
+        line: dict[str, float] = {}
+        for key, part, value in (
+            ("forward", "train", "forward_s"),
+            ("train", "train", "seconds"),
+            ("theory", "train", "flops"),
+            ("memory", "memory", "peak_bytes"),
+            ("decode", "decode", "seconds"),
+            ("decode theory", "decode", "flops"),
+        ):
+            points = [(math.log(c.tokens), math.log(getattr(c, value))) for c in own if c.part == part]
+            line[key] = slope(points)
+            line[f"{key} to"] = max((c.tokens for c in own if c.part == part), default=0)
+        found[name] = line
+    return found
+
+
+def faster_from(cells: Sequence[Cell], name: str, part: str) -> tuple[int | None, int]:
+    """The least measured length from which on every cell is faster than dense attention (None = never), and
+    the longest at which both were measured."""
+    mine, dense = (
+        {c.tokens: c.seconds for c in cells if (c.name, c.part) == (n, part) and not c.over}
+        for n in (name, dense_of(name))
+    )
+    both = sorted(mine.keys() & dense.keys(), reverse=True)
+    first = None
+    for tokens in both:
+        if not mine[tokens] < dense[tokens]:
+            break
+        first = tokens
+    return first, both[0] if both else 0
+
+
+def crossover_plot(cells: Sequence[Cell], path: Path) -> None:
+    """Times as multiples of those of dense attention, in training and in decoding; below 1 is faster."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.6), sharey=True)
+    panels = (("train", True, "training, causal"), ("train", False, "training, both sides"),
+              ("decode", True, "decoding, one token"))  # fmt: skip
+    for axis, (part, causal, title) in zip(axes, panels, strict=True):
+        names = [n for n in SUBJECTS if SUBJECTS[n].causal == causal and n != dense_of(n)]
+        for place, name in enumerate(names):
+            dense = {c.tokens: c.seconds for c in cells if (c.name, c.part) == (dense_of(name), part)}
+            own = [c for c in cells if (c.name, c.part) == (name, part) and not c.over and c.tokens in dense]
+            style = ("o-", "s--", "^:")[place // len(INK)]
+            line = [(c.tokens, c.seconds / dense[c.tokens]) for c in own]
+            if line:
+                axis.plot(*zip(*line, strict=True), style, color=INK[place % len(INK)], markersize=3.5,
+                          linewidth=1.2, label=name)  # fmt: skip
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        lengths = sorted({c.tokens for c in cells})[::2]
+        axis.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths], fontsize=8)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("tokens", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=6.5, frameon=False)
+    axes[0].set_ylabel("time over dense attention's", fontsize=8)
+    figure.tight_layout()
+    _save(figure, path)
