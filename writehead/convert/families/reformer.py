@@ -141,14 +141,14 @@ def _buckets(fields: Fields, context: int, chunk: int) -> int | list[int]:
         raise ValueError(
             f"{fields.what}: num_buckets={shown(given)} must be an even whole number, or several"
         )
-    if isinstance(given, int):
-        return given
-    if given is not None:
+    if isinstance(given, list | tuple):
         return factors
+    if given is not None:
+        return fields.whole("num_buckets", None)
     power = max(1, (2 * (context // chunk)).bit_length() - 1)
-    if 2**power <= 2 * max(int((context // chunk) ** 0.5), chunk):
-        return 2**power
-    return [2 ** (power // 2), 2 ** (power - power // 2)]
+    if 1 << power <= 2 * max(int((context // chunk) ** 0.5), chunk):
+        return 1 << power
+    return [1 << power // 2, 1 << power - power // 2]
 
 
 def _places(fields: Fields, dim: int, context: int) -> dict[str, Any]:
