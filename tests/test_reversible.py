@@ -22,7 +22,7 @@ from writehead.stacks.reversible import Reversible
 DIM, T = 16, 19
 CAUSAL = [name for name, row in MIXERS.items() if row.decodes != "encode" and name != "cross"]
 ENCODERS = {name: build_tiny(row, {"name": "none"}) for name, row in MIXERS.items()}
-ENCODING = [name for name, m in ENCODERS.items() if hasattr(m, "encode") and not hasattr(m, "streams")]
+ENCODING = [name for name, m in ENCODERS.items() if hasattr(m, "encode")]
 
 
 def tiny(name, seed):
@@ -87,11 +87,21 @@ def test_gradients_equal_ordinary_backpropagation_for_every_encoder(name):
     assert compare(make([tiny(name, seed) for seed in range(3)]), encode=True) < 1e-9
 
 
-def test_a_mixer_that_hands_something_on_beside_x_is_refused():
-    with pytest.raises(
-        ValueError, match="LunaEncoder hands on luna beside x, which a reversible stack cannot"
-    ):
-        make([tiny("luna_encoder", 0)])
+def test_what_layers_hand_on_beside_x_has_its_gradient_in_every_layer():
+    stack = make([tiny("luna_encoder", seed) for seed in range(3)]).double()
+    x = torch.randn(2, T, DIM, dtype=torch.float64)
+    slots = torch.randn(
+        2, len(stack.blocks[0].mixer.parts.slots), DIM, dtype=torch.float64, requires_grad=True
+    )
+    found, weight = [], torch.randn_like(x)
+    for run in (ordinary, reversed_):
+        pos = Positions.range(2, 0, T)
+        pos.streams["luna"] = slots
+        y, _ = run(stack, x, pos, True)
+        found.append(torch.autograd.grad((y * weight).sum(), [slots, stack.blocks[0].mixer.parts.key.weight]))
+    for a, b in zip(*found, strict=True):
+        assert a.abs().max() > 1e-4
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("output", ["mean", "concat"])

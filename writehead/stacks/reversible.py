@@ -8,7 +8,8 @@ State     the mixers' states, one a layer, as in the residual stack
 Cost      the layers', and each a second time in the backward pass; activations of one layer at any depth
 Decodes   as its mixers do
 Differs   cross-attention is a third coupling between the two, after which the streams have changed their
-          roles; streams are kept in float32 or wider, whatever the weights' type
+          roles; streams are kept in float32 or wider, whatever the weights' type; what a layer hands on
+          beside them (Luna's slots) is kept for each layer
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -122,12 +123,6 @@ class Reversible(nn.Module):
             raise ValueError(f"dropout={dropout} must be from 0 up to 1")
         if not 0 <= eps < 1:
             raise ValueError(f"eps={eps} must be from 0 up to 1; 1e-6 is usual")
-        for mixer, *_ in layers:
-            if beside := getattr(mixer, "streams", ()):
-                raise ValueError(
-                    f"{type(mixer).__name__} hands on {', '.join(beside)} beside x, which a reversible stack "
-                    "cannot find again; use the residual stack"
-                )
         self.blocks = nn.ModuleList(
             Pair(dim, *layer, norm=norm, eps=eps, dropout=dropout) for layer in layers
         )
@@ -168,7 +163,7 @@ class Reversible(nn.Module):
             x: Tensor, pos: Positions, state: After, keep: bool
         ) -> tuple[Tensor, Tensor, list[State], Aux]:
             couplings = [
-                Coupling(branch, modules, past, keep)
+                Coupling(branch, modules, past, keep, getattr(modules[0], "streams", ()))
                 for layer, own in zip(branches, state, strict=True)
                 for (branch, modules), past in zip(layer, _pasts(own, len(layer)), strict=True)
             ]

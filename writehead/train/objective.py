@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from writehead.core.positions import Positions
+from writehead.core.replay import contexts
 from writehead.core.shapes import check_choice
 from writehead.core.state import State
 from writehead.mixer import Aux
@@ -16,6 +17,7 @@ from writehead.model.decoder import Decoder
 from writehead.model.encoder import Encoder
 from writehead.model.parts import weights
 from writehead.model.seq2seq import Seq2Seq
+from writehead.stacks.reversible import Reversible
 from writehead.train.batches import Batch
 from writehead.train.config import LossConfig
 
@@ -121,9 +123,13 @@ def load_into(model: Model, tensors: Mapping[str, Tensor]) -> None:
 
 
 def recompute(model: Model) -> None:
-    """Make each layer keep only its inputs for the backward pass, and compute the rest again there."""
+    """Make each layer keep only its inputs for the backward pass, and compute the rest again there.
+
+    A reversible stack does more by itself, and is left as it is.
+    """
     halves = [model.encoder, model.decoder] if isinstance(model, Seq2Seq) else [model]
-    for block in (block for half in halves for block in cast(Any, half.stack).blocks):
+    stacks = [half.stack for half in halves if not isinstance(half.stack, Reversible)]
+    for block in (block for stack in stacks for block in cast(Any, stack).blocks):
         for name in ("forward", "encode"):
             setattr(block, name, _Recomputed(block, getattr(block, name)))
 
@@ -132,7 +138,7 @@ class _Recomputed:
     """A layer's function, computed again in the backward pass.
 
     Positions are made anew inside, since what layers share through them would be saved by one layer and not
-    by its recomputation.
+    by its recomputation; what layers hand on beside x goes in and out.
     """
 
     def __init__(self, block: nn.Module, function: Any) -> None:
@@ -142,7 +148,13 @@ class _Recomputed:
         if not (self.block.training and torch.is_grad_enabled()):
             return self.function(x, pos, *state)
 
-        def run(x: Tensor, index: Tensor) -> Any:
-            return self.function(x, Positions(index), *state)
+        def run(x: Tensor, index: Tensor, streams: dict[str, Tensor]) -> Any:
+            inside = Positions(index)
+            inside.streams.update(streams)
+            return self.function(x, inside, *state), inside.streams
 
-        return checkpoint(run, x, pos.index, use_reentrant=False)
+        result, streams = checkpoint(
+            run, x, pos.index, dict(pos.streams), use_reentrant=False, context_fn=contexts
+        )
+        pos.streams.update(streams)
+        return result

@@ -4,12 +4,15 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from writehead.catalog import FEEDFORWARDS, MIXERS, POSITIONS, STACKS, Row, Spec, find, load
 from writehead.config import ModelConfig
 from writehead.convert.errors import shown
 from writehead.convert.rules import Rule, heads_of
+from writehead.positions.axial import even_widths
 
 # keys of any Hugging Face config that say nothing about the function which the model computes
 IGNORABLE = frozenset(
@@ -194,6 +197,18 @@ class Fields:
                 )
 
 
+class Unstored(NamedTuple):
+    """Weights of ours that their files do not hold, since their config says how to make them.
+
+    Attributes:
+        make: the config.json and the model -> tensors under names that the rules take.
+        take: removes those from tensors that the rules gave -> what config.json says of them.
+    """
+
+    make: Callable[[Mapping[str, Any], ModelConfig], dict[str, Tensor]]
+    take: Callable[[dict[str, Tensor], ModelConfig], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Family:
     """One `model_type`.
@@ -206,6 +221,7 @@ class Family:
         rules: the table for a model.
         ignorable: patterns of keys that hold no weights.
         dropped: patterns of keys whose weights have no place here; leaving them out gives a warning.
+        unstored: weights that are in no file.
     """
 
     model_type: str
@@ -216,6 +232,7 @@ class Family:
     rules: Callable[[ModelConfig], tuple[Rule, ...]]
     ignorable: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    unstored: Unstored | None = None
 
 
 def full(table: Mapping[str, Row], spec: Spec) -> dict[str, Any]:
@@ -250,8 +267,11 @@ def stack_of(config: ModelConfig) -> dict[str, Any]:
 
 
 def position_of(config: ModelConfig) -> dict[str, Any]:
-    """The arguments of the position scheme."""
-    return full(POSITIONS, config.position)
+    """The arguments of the position scheme, with the widths of axial tables as numbers."""
+    values = full(POSITIONS, config.position)
+    if values["target"].startswith("positions.axial:"):
+        values["dims"] = values["dims"] or even_widths(config.dim, len(values["shape"]))
+    return values
 
 
 def tiled(specs: Iterable[Spec]) -> Spec | tuple[Spec, ...]:
