@@ -67,7 +67,7 @@ class QKV(nn.Module):
             B, T, _ = x.shape
             if infused is None:
                 heads = project(x).view(B, T, H + 2 * G, D)
-                qk, v = heads.narrow(2, 0, H + G), heads.narrow(2, H + G, G)
+                qk, v = heads.split([H + G, G], 2)  # its gradient is one tensor, that of narrow() is two
             else:
                 qk = F.linear(infused, weight[:rows], biases[0]).view(B, T, H + G, D)
                 v = F.linear(x, weight[rows:], biases[1]).view(B, T, G, D)

@@ -141,7 +141,8 @@ class Softmax(nn.Module):
                 scheme.check_context(pos)
             heads, v = qkv(x) if infuse is None else qkv(x, infuse(x, pos))
             heads = rotate(heads, pos) if turns else heads
-            return heads.narrow(2, 0, H), heads.narrow(2, H, G), v
+            q, k = heads.split([H, G], 2)
+            return q, k, v
 
         return run
 

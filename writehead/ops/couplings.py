@@ -65,6 +65,7 @@ class _Run:
     after: list[State] = field(default_factory=list)
     aux: list[dict[str, int]] = field(default_factory=list)  # names, and where among the outputs
     places: list[list[int]] = field(default_factory=list)  # of the tensors of each state after
+    ends: list[Tensor] = field(default_factory=list)  # both streams, which the backward pass takes away
 
 
 def plain(
@@ -134,7 +135,8 @@ class _Chain(torch.autograd.Function):
             run.places.append([_place(t, known, outputs) for t in kept])
             run.aux.append({name: _place(t, set(), outputs) for name, t in aux.items()})
         a, b = (x.clone() if t is x else t for t in (a, b))
-        ctx.save_for_backward(a, b, *([x] if run.drift is not None else []))
+        run.ends = [a.detach(), b.detach()]  # what autograd saves stays until the backward pass has ended
+        ctx.save_for_backward(*([x] if run.drift is not None else []))
         ctx.set_materialize_grads(False)
         return (a, b, *outputs)
 
@@ -142,7 +144,9 @@ class _Chain(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         run: _Run = ctx.run
-        a, b, *true = ctx.saved_tensors
+        if not run.ends:
+            raise RuntimeError("a reversible stack is differentiated once: leave retain_graph out")
+        (a, b), run.ends, true = run.ends, [], ctx.saved_tensors
         found: dict[int, Tensor] = {}
         g_a, g_b = (torch.zeros_like(t) if g is None else g for t, g in zip((a, b), grads, strict=False))
         more = grads[2:]
@@ -153,6 +157,7 @@ class _Chain(torch.autograd.Function):
             )
             a, b = b - y, a
             g_a, g_b = g_b, g_a + g
+            del y, g
         if run.drift is not None:
             size = true[0].abs().max().clamp_min(torch.finfo(true[0].dtype).tiny)
             run.drift.worst = float(
