@@ -71,7 +71,7 @@ class Result:
 
     Attributes:
         tokens, parameters: length of the sequence, size of the model.
-        loss, loss_after: nats a byte before the update and, where it was computed again, after it.
+        loss, loss_after: nats a byte before the update, and after it (of the bytes not read singly).
         forward_s, backward_s, update_s: seconds of the step's parts.
         step_bytes: the most that the process held during the step, beyond what it held before the model.
         prefill_s: seconds to read the sequence again into a decode state, its single tokens left out.
@@ -145,7 +145,7 @@ def decode(
     _highest(reset=True)
     state, T, at, due = model.init_state(1), len(ids), 0, piece
     x = torch.empty(0)
-    nats = 0.0
+    nats, scored = 0.0, 0
     while at < T:
         stop = min(at + piece, T)
         probe = stop == T or stop >= due
@@ -154,15 +154,16 @@ def decode(
         start = time.perf_counter()
         x, state, _ = model.hidden(ids[None, at:middle], state)
         wanted = ids[None, at + 1 : middle + 1]
-        scored = x[:, : wanted.shape[1]]
-        nats += float(chunked_loss(model.logits, scored, wanted, chunk=LOSS_CHUNK)) * wanted.shape[1]
+        read = x[:, : wanted.shape[1]]
+        nats += chunked_loss(model.logits, read, wanted, chunk=LOSS_CHUNK).item() * wanted.shape[1]
+        scored += wanted.shape[1]
         x = x[:, -1:]
         result.prefill_s += time.perf_counter() - start
         if middle < stop:
             x, state = _one_by_one(model, ids[middle:stop], state, result, middle)
         at = stop
         say(f"{at:,} tokens read, {result.prefill_s:.0f} s")
-    result.loss_after = nats / max(1, T - 1)
+    result.loss_after = nats / max(1, scored)
     result.state_bytes = sum(t.nbytes for t in state.tensors())
     spent, token, out = [], int(model.logits(x)[0, -1].argmax()), []
     for _ in range(new):

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 command = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Measure this machine, decoding and training on it."
 )
-for study in (studies.train, studies.scaling, studies.evidence, memory_studies.million):
+for study in (
+    studies.train,
+    studies.scaling,
+    studies.evidence,
+    memory_studies.memory,
+    memory_studies.million,
+):
     command.command(study.__name__)(study)
 QUICK = "float32, two cells, small grid, three rounds: under two minutes."
 RANDOM = "random-1b"

@@ -145,8 +145,10 @@ class _Chain(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         run: _Run = ctx.run
         if not run.ends:
-            raise RuntimeError("a reversible stack is differentiated once: leave retain_graph out")
-        (a, b), run.ends, true = run.ends, [], ctx.saved_tensors
+            raise RuntimeError("a second backward pass needs retain_graph=True in the first one")
+        (a, b), true = run.ends, ctx.saved_tensors
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            run.ends = []
         found: dict[int, Tensor] = {}
         g_a, g_b = (torch.zeros_like(t) if g is None else g for t, g in zip((a, b), grads, strict=False))
         more = grads[2:]
