@@ -123,7 +123,7 @@ def _peak(watch: profile) -> int:
     found = watch.profiler
     assert found is not None
     assert found.kineto_results is not None
-    events = [e for e in found.kineto_results.events() if e.name() == "[memory]"]
+    events: list[Any] = [e for e in found.kineto_results.events() if e.name() == "[memory]"]
     live = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()

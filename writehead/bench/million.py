@@ -127,7 +127,7 @@ def train_step(model: Decoder, ids: Tensor, result: Result, before: int, say: Sa
     say(f"forward {result.forward_s:.0f} s, loss {result.loss:.4f}")
     del x
     start = time.perf_counter()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     result.backward_s = time.perf_counter() - start
     start = time.perf_counter()
     optimizer.step()

@@ -1,5 +1,6 @@
 """The measurements of `writehead bench` that are of training's memory."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +68,7 @@ def memory(
     from writehead.core.shapes import check_choice
 
     limit = bytes_of(budget)
-    known = {
+    known: dict[str, Callable[[], Any]] = {
         "accuracy": lambda: memory.accuracy(say),
         "depth": lambda: memory.depth(say=say),
         "bert": lambda: memory.bert_table(limit, say=say),

@@ -18,6 +18,8 @@ from writehead.catalog import STACKS, find
 from writehead.config import ModelConfig
 from writehead.core.shapes import check_choice
 from writehead.model.blank import KINDS, blank
+from writehead.model.decoder import Decoder
+from writehead.model.encoder import Encoder
 from writehead.model.seq2seq import Seq2Seq
 from writehead.train.batches import Batch
 from writehead.train.config import OPTIMISERS, LossConfig, OptimConfig
@@ -265,7 +267,6 @@ def largest(config: ModelConfig, setting: Setting, budget: int, what: str = "bat
 
 def _longest(config: ModelConfig) -> int | None:
     """Positions that the model has; None = no limit."""
-    half = config if config.encoder is None else config.encoder
-    model = blank(half)
-    limits = [model.embedding.position.max_context, config.max_context]  # type: ignore[union-attr]
+    half = cast(Decoder | Encoder, blank(config if config.encoder is None else config.encoder))
+    limits = [half.embedding.position.max_context, config.max_context]
     return min((n for n in limits if n is not None), default=None)

@@ -78,7 +78,7 @@ class Rehearsal(TorchDispatchMode):
     """
 
     def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ledger, self._fake = ledger, FakeTensorMode(allow_non_fake_inputs=True)
         self._dice = torch.Generator().manual_seed(0)
 
