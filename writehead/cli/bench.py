@@ -23,6 +23,7 @@ for study in (
     studies.evidence,
     memory_studies.memory,
     memory_studies.million,
+    memory_studies.duplication,
 ):
     command.command(study.__name__)(study)
 QUICK = "float32, two cells, small grid, three rounds: under two minutes."

@@ -118,3 +118,31 @@ def _table(found: "list[Cell] | list[Fit]") -> "Table":
         batches = {fit.length: str(fit.batch) for fit in fits if fit.plan == plan}
         grid.add_row(plan, *(batches.get(length, "") for length in lengths))
     return grid
+
+
+def duplication(
+    word: Annotated[int, typer.Option(min=1, help="Symbols of w; a sequence is 0 w 0 w.")] = 15,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each training.")] = 1500,
+    out: Annotated[Path | None, typer.Option(help="Folder for duplication.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """The Reformer's duplication task: trained with some rounds of hashing, judged with others."""
+    from dataclasses import asdict
+
+    import torch
+
+    from writehead.bench import duplication
+    from writehead.bench.measure import write_record
+    from writehead.cli.output import print_json, say
+
+    torch.set_num_threads(1)
+    task = duplication.Task(word=word, steps=steps)
+    found = duplication.table(task, say=say)
+    say("")
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(duplication.markdown(found))
+    if out is not None:
+        write_record(out / "duplication.json", "duplication", found, asdict(task), seed=task.seed)
+        typer.echo(f"written: {out / 'duplication.json'}", err=True)

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 aten = torch.ops.aten
 LAST = {aten.argmax.default, aten.argmin.default}  # give indices
-PAIRS = {aten.max.dim, aten.min.dim, aten.topk.default, aten.sort.default, aten.sort.stable}  # and values
+BEST = {aten.max.dim, aten.min.dim}
+PAIRS = BEST | {aten.topk.default, aten.sort.default, aten.sort.stable}  # give values and indices
 VALUES = {aten._local_scalar_dense.default, aten.item.default}
 ALIKE = {
     aten.zeros_like.default,
@@ -110,7 +111,7 @@ class Rehearsal(TorchDispatchMode):
             size = args[0].numel() if len(args) < 2 or args[1] is None else args[0].shape[args[1]]
             return torch.randint(max(1, size), found.shape, generator=self._dice)
         if func in PAIRS:
-            return found[0], self._order(args[0], found[1])
+            return found[0], self._order(args[0], found[1], args[1] if func in BEST else None)
         if func in ALIKE and not found.is_floating_point():
             return torch.full(found.shape, _filling(func, args), dtype=found.dtype)
         return found
@@ -124,11 +125,11 @@ class Rehearsal(TorchDispatchMode):
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise Unforeseen(f"what {error} gives depends on numbers that a rehearsal lacks") from None
 
-    def _order(self, x: Tensor, index: Tensor) -> Tensor:
-        """Random indices in place of those of the largest or smallest values."""
-        dim = next((d for d in range(x.dim()) if x.shape[d] != (*index.shape, -1)[d]), x.dim() - 1)
-        if index.dim() < x.dim():
-            return torch.randint(max(1, x.shape[dim]), index.shape, generator=self._dice)
+    def _order(self, x: Tensor, index: Tensor, best: int | None) -> Tensor:
+        """Random indices in place of those of the largest or smallest values along a dimension."""
+        if best is not None:
+            return torch.randint(max(1, x.shape[best]), index.shape, generator=self._dice)
+        dim = next((d for d in range(x.dim()) if x.shape[d] != index.shape[d]), x.dim() - 1)
         drawn = torch.rand(x.shape, generator=self._dice).argsort(dim)
         return drawn.narrow(dim, 0, index.shape[dim]).contiguous()
 
