@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from writehead.catalog import MIXERS
 from writehead.config import ModelConfig
+from writehead.core.bind import itself
 from writehead.core.positions import Positions
 from writehead.core.replay import Tape, choose, contexts, first_time
 from writehead.decode.generate import generate
@@ -247,6 +248,23 @@ def test_gradients_of_several_backward_passes_add_up():
             (y**2).sum().backward()
         totals.append(stack.blocks[0].mixer.qkv.weight.grad)
     assert torch.allclose(*totals, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_backward_pass_needs_the_graph_retained_and_then_gives_the_same():
+    stack = make([tiny("mqa", 0)])
+    x = torch.randn(1, 5, DIM, requires_grad=True)
+
+    def total():
+        return stack.whole(x, Positions.range(1, 0, 5), ((None, None),))[0].square().sum()
+
+    y = total()
+    (first,) = torch.autograd.grad(y, x, retain_graph=True)
+    (second,) = torch.autograd.grad(y, x)
+    assert torch.equal(first, second)
+    a, _, _, _ = stack._chain(itself, "whole")(x, Positions.range(1, 0, 5), ((None, None),), False)
+    torch.autograd.grad(a.sum(), x)
+    with pytest.raises(RuntimeError, match="second"):
+        torch.autograd.grad(a.sum(), x)
 
 
 def test_frozen_parameters_get_no_gradient_and_the_others_do():

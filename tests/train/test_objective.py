@@ -1,6 +1,7 @@
 """The loss is what its formula says, whatever the pieces, and gradients do not depend on how they were saved."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,6 +45,23 @@ def test_the_loss_is_its_formula_token_by_token(smooth: float, z: float) -> None
     assert sums.loss.item() == pytest.approx(loss, rel=1e-5)
     assert sums.nll.item() == pytest.approx(nll, rel=1e-5)
     assert sums.right.item() == right
+
+
+@pytest.mark.parametrize(
+    "loss", [LossConfig(), LossConfig(label_smoothing=0.1, z_loss=0.01)], ids=["plain", "more"]
+)
+def test_a_loss_in_chunks_has_the_sums_and_gradients_of_the_whole(loss: LossConfig) -> None:
+    model, given = Decoder(ModelConfig.from_dict(DECODER)), batch()
+    found = []
+    for chunk in (0, 3):
+        model.zero_grad()
+        sums, _ = Objective(model, replace(loss, chunk=chunk))(given)
+        sums.loss.backward()
+        found.append((sums, [p.grad for p in model.parameters()]))
+    (whole, wanted), (chunked, grads) = found
+    assert chunked.right == whole.right
+    torch.testing.assert_close((chunked.loss, chunked.nll), (whole.loss, whole.nll))
+    torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_pieces_of_a_batch_add_up_to_its_sums() -> None:
@@ -92,16 +110,16 @@ def test_auxiliary_losses_are_weighted_by_name_and_other_values_left_alone() -> 
 class WithLoss(Decoder):
     """A decoder that reports an auxiliary loss."""
 
-    def hidden(self, tokens: Any, state: Any) -> Any:
-        x, state, _ = super().hidden(tokens, state)
-        return x, state, {"size_loss": x.square().mean()}
+    def whole(self, tokens: Any, memories: Any = None) -> Any:
+        x, _ = super().whole(tokens, memories)
+        return x, {"size_loss": x.square().mean()}
 
 
 def test_an_auxiliary_loss_counts_as_often_as_there_are_targets() -> None:
     model, given = WithLoss(ModelConfig.from_dict(DECODER)), batch()
     plain, _ = Objective(model, LossConfig(aux={"size_loss": 0.0}))(given)
     more, _ = Objective(model, LossConfig(aux={"size_loss": 0.5}))(given)
-    size = model.hidden(given.tokens, model.init_state(4))[2]["size_loss"]
+    size = model.whole(given.tokens)[1]["size_loss"]
     assert (more.loss - plain.loss).item() == pytest.approx(0.5 * size.item() * given.scored, rel=1e-4)
     assert more.nll == plain.nll
 

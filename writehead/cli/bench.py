@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from writehead.cli import growth, studies
+from writehead.cli import growth, memory_studies, studies
 
 if TYPE_CHECKING:
     from writehead.bench.decode import Run
@@ -17,10 +17,19 @@ if TYPE_CHECKING:
 command = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Measure this machine, decoding and training on it."
 )
-for study in (studies.train, studies.scaling, studies.evidence):
-    command.command(study.__name__)(study)
-for study in (growth.crossover, growth.features, growth.toys, growth.memory):
-    command.command(study.__name__)(study)
+for study in (
+    studies.train,
+    studies.scaling,
+    studies.evidence,
+    growth.crossover,
+    growth.features,
+    growth.toys,
+    growth.segment_memory,
+    memory_studies.memory,
+    memory_studies.million,
+    memory_studies.duplication,
+):
+    command.command(study.__name__.replace("_", "-"))(study)
 QUICK = "float32, two cells, small grid, three rounds: under two minutes."
 RANDOM = "random-1b"
 MODEL = f"smollm2, a model folder, a FILE.gguf, or {RANDOM}: a Llama of a billion random weights."

@@ -31,6 +31,13 @@ class CacheDtype(StrEnum):
     INT8 = "int8"
 
 
+class Optimizer(StrEnum):
+    """Optimisers of training."""
+
+    ADAMW = "adamw"
+    ADAFACTOR = "adafactor"
+
+
 def command(
     model: Annotated[
         str, typer.Argument(help="smollm2, a model folder, a config (JSON, YAML), or a FILE.gguf.")
@@ -53,6 +60,17 @@ def command(
     png: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw speed and memory over context.")
     ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="A training step of --batch rows of --context tokens instead.")
+    ] = False,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="With --train: what fits in 12GB, 16GiB, ...")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="With --budget: the largest batch at 64,128,... tokens."),
+    ] = None,
+    optimizer: Annotated[Optimizer, typer.Option(help="With --train.")] = Optimizer.ADAMW,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     import torch
@@ -60,6 +78,15 @@ def command(
     from writehead.cli import planning
     from writehead.cli.models import config_of
     from writehead.cli.output import print_json, write_whole
+
+    if train:
+        given = {"--cache-dtype": cache_dtype, "--bandwidth": bandwidth, "--flops": flops, "--png": png}
+        if unused := [option for option, value in given.items() if value is not None]:
+            raise typer.BadParameter(f"{', '.join(unused)} belong to decoding: leave out with --train")
+        _train(model, context, batch, dtype, budget, lengths, optimizer, as_json)
+        return
+    if budget is not None or lengths is not None or optimizer != Optimizer.ADAMW:
+        raise typer.BadParameter("--budget, --lengths and --optimizer belong to training: add --train")
 
     for option, value in (("--bandwidth", bandwidth), ("--flops", flops)):
         if value is not None and not 0 < value < float("inf"):
@@ -82,6 +109,36 @@ def command(
             typer.echo(f"wrote {png}")
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
+
+
+def _train(
+    model: str,
+    context: int | None,
+    batch: int,
+    dtype: Dtype,
+    budget: str | None,
+    lengths: str | None,
+    optimizer: Optimizer,
+    as_json: bool,
+) -> None:
+    from writehead.cli import plan_training, planning
+    from writehead.cli.models import config_of
+    from writehead.cli.output import print_json
+    from writehead.train.memory import Setting
+
+    if lengths is not None and budget is None:
+        raise typer.BadParameter("--lengths asks what fits: add --budget, such as 12GB")
+    config, wanted = config_of(model), plan_training.lengths_of(lengths)
+    call = planning.make_call(config, max(wanted, default=context), batch, 4, None)
+    length = max(wanted, default=call.context + call.tokens)
+    setting = Setting(batch, length, precision=dtype.value, optimizer=optimizer.value)
+    limit = None if budget is None else plan_training.bytes_of(budget)
+    found = plan_training.report(config, setting, limit, wanted)
+    if as_json:
+        values = {"model": model, "config": config.to_dict(), "setting": asdict(setting), "budget": limit}
+        print_json({**values, "plans": found})
+    else:
+        plan_training.show(f"{model}: {_describe(config)}", found, setting, limit)
 
 
 def _print(

@@ -70,6 +70,7 @@ class _Run:
     aux: list[dict[str, int]] = field(default_factory=list)  # names, and where among the outputs
     places: list[list[int]] = field(default_factory=list)  # of the tensors of each state after
     handed: list[dict[str, Tensor]] = field(default_factory=list)  # what each was handed beside x
+    ends: list[Tensor] = field(default_factory=list)  # both streams, which the backward pass takes away
 
 
 def plain(
@@ -141,7 +142,8 @@ class _Chain(torch.autograd.Function):
             run.places.append([_place(t, known, outputs) for t in kept])
             run.aux.append({name: _place(t, set(), outputs) for name, t in aux.items()})
         a, b = (x.clone() if t is x else t for t in (a, b))
-        ctx.save_for_backward(a, b, *([x] if run.drift is not None else []))
+        run.ends = [a.detach(), b.detach()]  # what autograd saves stays until the backward pass has ended
+        ctx.save_for_backward(*([x] if run.drift is not None else []))
         ctx.set_materialize_grads(False)
         return (a, b, *outputs)
 
@@ -149,7 +151,11 @@ class _Chain(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         run: _Run = ctx.run
-        a, b, *true = ctx.saved_tensors
+        if not run.ends:
+            raise RuntimeError("a second backward pass needs retain_graph=True in the first one")
+        (a, b), true = run.ends, ctx.saved_tensors
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            run.ends = []
         found: dict[int, Tensor] = {}
         g_a, g_b = (torch.zeros_like(t) if g is None else g for t, g in zip((a, b), grads, strict=False))
         more = grads[2:]
@@ -160,6 +166,7 @@ class _Chain(torch.autograd.Function):
             y, g, beside = _again(ctx, i, a, g_b, g_more, beside, found)
             a, b = b - y, a
             g_a, g_b = g_b, g_a + g
+            del y, g
         if run.drift is not None:
             size = true[0].abs().max().clamp_min(torch.finfo(true[0].dtype).tiny)
             run.drift.worst = float(

@@ -80,17 +80,19 @@ class LossConfig:
     Attributes:
         label_smoothing: share of the target's probability given to all tokens alike.
         z_loss: weight of the squared log of the softmax's sum.
+        chunk: tokens of a row whose logits are held at once, made again in the backward pass; 0 is all.
         aux: weights of the auxiliary losses that mixers and layers report, by name; 1 where not given.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    chunk: int = 0
     aux: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.label_smoothing={self.label_smoothing} must be from 0 up to 1")
-        at_least("loss", self, z_loss=0)
+        at_least("loss", self, z_loss=0, chunk=0)
         for name, weight in self.aux.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise ValueError(f"loss.aux.{name} must be a number; got {weight!r}")

@@ -50,33 +50,53 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, state: State = None) -> tuple[Sums, State]:
         """The sums of one piece, and the state after it if one was given."""
         if len(self.choices):  # type: ignore[arg-type]
-            logits, aux = self._classify(batch)
+            x, aux = self._classify(batch)
         elif isinstance(self.model, Seq2Seq):
             assert batch.source is not None
-            logits, aux = self.model(batch.source, batch.tokens)
+            x, aux = self.model.whole(batch.source, batch.tokens)
+        elif state is None:
+            assert isinstance(self.model, Decoder)
+            x, aux = self.model.whole(batch.tokens)
         else:
             assert isinstance(self.model, Decoder)
-            start = self.model.init_state(len(batch.tokens)) if state is None else state
-            x, after, aux = self.model.hidden(batch.tokens, start)
-            logits, state = self.model.logits(x), None if state is None else after
-        return self._sums(logits, batch.target, aux), state
+            x, state, aux = self.model.hidden(batch.tokens, state)
+        return self._sums(x, batch.target, aux), state
 
     def _classify(self, batch: Batch) -> tuple[Tensor, Aux]:
-        """Logits (B, 1, K): an encoder's mean vector, or a decoder's last one, against the classes' rows."""
+        """What the classes' rows read, (B, 1, X): an encoder's mean vector, or a decoder's last one."""
         if isinstance(self.model, Encoder):
             x, pos, aux = self.model(batch.tokens)
             valid = pos.valid[..., None].to(x.dtype)
             x = (x * valid).sum(1) / valid.sum(1)
         else:
             assert isinstance(self.model, Decoder)
-            x, _, aux = self.model.hidden(batch.tokens, self.model.init_state(len(batch.tokens)))
+            x, aux = self.model.whole(batch.tokens)
             x = x[torch.arange(len(x), device=x.device), (batch.tokens >= 0).sum(1) - 1]
-        logits = self.model.embedding.logits(x)
-        return logits[:, self.choices][:, None], aux  # type: ignore[index]
+        return x[:, None], aux
 
-    def _sums(self, logits: Tensor, target: Tensor, aux: Aux) -> Sums:
+    def _logits(self, x: Tensor) -> Tensor:
+        """x (B, T, X) -> float logits of all its targets, (B T, V or classes)."""
+        half = self.model.decoder if isinstance(self.model, Seq2Seq) else self.model
+        logits = half.embedding.logits(x).flatten(0, 1)
+        return (logits[:, self.choices] if len(self.choices) else logits).float()  # type: ignore[arg-type, index]
+
+    def _sums(self, x: Tensor, target: Tensor, aux: Aux) -> Sums:
         """Sums over the targets of cross-entropy and what the config adds to it."""
-        logits, target = logits.flatten(0, 1).float(), target.flatten()
+        chunk = self.loss.chunk or x.shape[1]
+        if chunk >= x.shape[1]:
+            loss, nll, right = self._piece(x, target)
+        else:
+            parts = zip(x.split(chunk, 1), target.split(chunk, 1), strict=True)
+            if torch.is_grad_enabled():
+                found = [checkpoint(self._piece, *part, use_reentrant=False) for part in parts]
+            else:
+                found = [self._piece(*part) for part in parts]
+            loss, nll, right = (torch.stack(each).sum() for each in zip(*found, strict=True))
+        return Sums(loss + auxiliary(aux, self.loss.aux) * (target >= 0).sum(), nll.detach(), right)
+
+    def _piece(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, negative log-likelihood and hits of x (B, T, X), summed over its targets (B, T)."""
+        logits, target = self._logits(x), target.flatten()
         if self.loss.label_smoothing or self.loss.z_loss:
             whole, valid = logits.logsumexp(-1), target >= 0
             each = whole - logits.gather(-1, target.clamp_min(0)[:, None])[:, 0]
@@ -86,10 +106,9 @@ class Objective(nn.Module):
             loss = (1 - smooth) * nll + smooth * spread + self.loss.z_loss * whole[valid].square().sum()
         else:
             loss = nll = F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
-        loss = loss + auxiliary(aux, self.loss.aux) * (target >= 0).sum()
         with torch.no_grad():
             right = (logits.argmax(-1) == target).sum()
-        return Sums(loss, nll.detach(), right)
+        return loss, nll, right
 
 
 def auxiliary(aux: Aux, weights: Mapping[str, float]) -> Tensor | float:

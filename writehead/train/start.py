@@ -28,7 +28,13 @@ from writehead.train.report import Reporter
 from writehead.train.tokens import digest
 
 RUN, DATA, LOCK = "run.yaml", "data", ".lock"
-FREE = ("loop.steps", "loop.accumulate", "loop.strategy", "loop.recompute")  # a run may go on with others
+FREE = (
+    "loop.steps",
+    "loop.accumulate",
+    "loop.strategy",
+    "loop.recompute",
+    "loss.chunk",
+)  # a run may go on with others
 
 
 class Busy(ValueError):
