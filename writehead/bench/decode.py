@@ -190,12 +190,13 @@ class Run:
     """What to measure.
 
     Attributes:
-        model: float32 weights.
+        model: float32 weights, or blank if `source` is given.
         kinds: types of weights, out of KINDS.
         cells: batches and contexts.
         peers: names of other engines, in `python`, on `weights` whose converted forms stay in `folder`.
         text: token pieces on which the engines are judged; none = speed only.
         rounds, threads: samples, and threads of every engine.
+        source: files of a model so large that only the native engine is to read it.
     """
 
     model: Decoder
@@ -208,6 +209,11 @@ class Run:
     text: Sequence[list[int]] = ()
     rounds: int = 5
     threads: int = 1
+    source: Path | None = None
+
+    def ours(self, kind: str) -> list[Ours]:
+        """Our engines in a type."""
+        return list(contestants(self.model, kind, self.threads, self.source))
 
 
 def measure(run: Run, roofs: Roofs, say: Say) -> tuple[list[Row], list[Quality], dict[str, Any]]:
@@ -218,15 +224,11 @@ def measure(run: Run, roofs: Roofs, say: Say) -> tuple[list[Row], list[Quality],
     reference: list[Scores] = []
     for kind in run.kinds:
         with ExitStack() as stack:
-            ours = list(contestants(run.model, kind, run.threads))
+            ours = run.ours(kind)
             peers = list(_peers(run, kind, stack, facts, say))
             if run.text and not reference:
                 say("scoring the text in float32")
-                exact = (
-                    ours[-1]
-                    if kind == "float32"
-                    else list(contestants(run.model, "float32", run.threads))[-1]
-                )
+                exact = ours[-1] if kind == "float32" else run.ours("float32")[-1]
                 reference = [exact.score(piece) for piece in run.text]
             rows += compare(run.model, kind, run.cells, roofs, ours, peers, rounds=run.rounds, say=say)
             entrants: list[Contestant] = [*ours, *peers]
@@ -256,7 +258,7 @@ def beside_busy(run: Run, say: Say) -> list[Beside]:
     kind, facts = "int8", dict[str, Any]()
     cell = Cell(1, 128)
     with ExitStack() as stack:
-        entrants: list[Contestant] = list(contestants(run.model, kind, run.threads))
+        entrants: list[Contestant] = [*run.ours(kind)]
         entrants += _peers(
             replace(run, peers=[p for p in run.peers if p == "llama.cpp"]), kind, stack, facts, say
         )

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from writehead.bench.peer_engines.common import rows_of
+from writehead.convert.packed import load_packed
 from writehead.core.cache import Store
 from writehead.core.state import State, rewind
 from writehead.decode.engine import Engine, TorchEngine
@@ -99,15 +101,19 @@ def native_missing(model: Decoder) -> str | None:
     return why_not(model.config) or (None if library()[0] is not None else library()[1])
 
 
-def contestants(model: Decoder, kind: str, threads: int) -> Iterable[Ours]:
+def contestants(model: Decoder, kind: str, threads: int, source: Path | None = None) -> Iterable[Ours]:
     """Our engines that compute in `kind`: the native one where it runs, the PyTorch one in float types.
 
     Args:
-        model: float32 weights.
+        model: float32 weights; of one that is blank the native engine reads `source`, and PyTorch nothing.
         kind: "float32", "bfloat16", "int8" or "int4".
         threads: of the native engine.
+        source: the files of a model that memory holds only once.
     """
     cache = torch.float32 if kind == "float32" else torch.bfloat16
+    if source is not None:
+        yield Ours(NATIVE, NativeEngine(load_packed(source, kind).model, threads=threads), cache)
+        return
     if native_missing(model) is None:
         yield Ours(NATIVE, NativeEngine(pack_model(model, kind), threads=threads), cache)
     if kind in FLOATS:

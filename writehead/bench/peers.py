@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 
 from writehead.bench.ours import Scores
 from writehead.bench.peer_engines import ENGINES, serve
+from writehead.bench.peer_engines.common import built
 from writehead.bench.peer_engines.gguf_files import random_llama
 from writehead.bench.worker import CaseError, Worker
 
@@ -167,6 +168,5 @@ def weights_of(
 
 def random_model(folder: Path) -> Path:
     """A GGUF of a Llama of about a billion random float32 weights, with SmolLM2's tokenizer, in `folder`."""
-    target = folder / "random-1b.gguf"
-    random_llama(smollm2_gguf(), target, dim=2048, depth=16, heads=32, kv_heads=8, hidden=8192)
-    return target
+    shape = {"dim": 2048, "depth": 16, "heads": 32, "kv_heads": 8, "hidden": 8192}
+    return built(folder / "random-1b.gguf", lambda path: random_llama(smollm2_gguf(), path, **shape))

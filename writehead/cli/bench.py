@@ -101,6 +101,9 @@ def decode_command(
     peers: Annotated[
         bool, typer.Option("--peers", help="Also run the other engines that are installed.")
     ] = False,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder in which the files made for the peers stay; default none.")
+    ] = None,
     peers_python: Annotated[str, typer.Option(help="The Python that has them.")] = sys.executable,
     only: Annotated[list[str] | None, typer.Option(help="Peers to run; default all.")] = None,
     busy: Annotated[bool, typer.Option("--busy", help="Also decode beside one busy core.")] = False,
@@ -137,7 +140,7 @@ def decode_command(
     limits = roofs(torch.get_num_threads())
     chosen = [each for each in PEERS if each in (only or PEERS)] if peers else []
     with tempfile.TemporaryDirectory(prefix="writehead-bench-") as folder:
-        run, facts = _run(model, Path(folder), chosen, peers_python, text, text_tokens)
+        run, facts = _run(model, keep or Path(folder), chosen, peers_python, text, text_tokens)
         run = replace(run, kinds=kinds, cells=cells, rounds=rounds, threads=torch.get_num_threads())
         rows, judged, more = decode.measure(run, limits, say)
         disturbed = decode.beside_busy(run, say) if busy else []
@@ -205,14 +208,20 @@ def _run(
     from writehead.bench.peers import available, random_model, weights_of
     from writehead.bench.quality import WINDOW, read_text, windows
     from writehead.cli.output import say
-    from writehead.convert.load import load
+    from writehead.convert.load import Loaded, load, open_checkpoint, read_tokenizer
     from writehead.core.system import available_memory
+    from writehead.model.blank import blank
     from writehead.model.decoder import Decoder
 
-    if model == RANDOM:
+    large = model == RANDOM
+    if large:
         say("writing random weights")
         model = str(random_model(folder))
-    loaded = load(model, dtype=torch.float32, memory_bytes=available_memory())
+        checkpoint, gguf = open_checkpoint(Path(model), torch.float32)
+        config, tokenizer = checkpoint.config, read_tokenizer(Path(model), gguf)
+        loaded = Loaded(blank(config), tokenizer, config, Path(model))
+    else:
+        loaded = load(model, dtype=torch.float32, memory_bytes=available_memory())
     facts: dict[str, Any] = {}
     ready = []
     for name in names:
@@ -232,8 +241,9 @@ def _run(
         weights = weights_of(loaded.source, folder, python, directory)
     if not isinstance(loaded.model, Decoder):
         raise ValueError(f"{loaded.source} is no decoder; bench decode measures decoders")
+    source = loaded.source if large else None
     run = decode.Run(
-        loaded.model, (), (), peers=ready, python=python, weights=weights, folder=folder, text=pieces
+        loaded.model, (), (), ready, python, weights=weights, folder=folder, text=pieces, source=source
     )
     return run, facts
 

@@ -140,7 +140,7 @@ def _by_rows(checkpoint: Checkpoint, name: str, match: Match, like: Tensor, form
         return None
     if format not in STEPS:
         plain = form is SAME and in_turns(checkpoint.config, name, like) is like
-        return pack_rows(found[0].rows, *like.shape, format) if plain else None
+        return pack_rows(found[0].rows, found[0].n, found[0].k, format) if plain else None
     kind, parts = _blocks(checkpoint, match, name, format) or (format_of(name, format), [])
     if not parts:
         quantised = [Quantised.of(part.rows, part.n, part.k, kind) for part in found]

@@ -8,7 +8,6 @@ from typing import Any
 import tokenizers as tk
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from writehead.convert.chat import render_chat
 from writehead.convert.errors import BadFile, file_size, shown
 from writehead.convert.files import replacing, write_json
 from writehead.convert.gguf import GGUF
@@ -175,6 +174,8 @@ class Tokenizer:
         """
         if self.template is None:
             raise ValueError("this model has no chat template; give it plain text")
+        from writehead.convert.chat import render_chat  # jinja2 is for chats only
+
         return render_chat(self.template, messages, self.special, add_generation_prompt=add_generation_prompt)
 
     def save(self, directory: Path | str) -> None:

@@ -13,6 +13,7 @@ INSTRUCTION_SETS = (
     "amx_bf16",
     "amx_int8",
     "asimd",
+    "asimddp",
     "bf16",
     "sve",
 )

@@ -33,7 +33,7 @@ INSTRUCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx2": ("-mavx2", "-mfma", "-mf16c", "-mtune=haswell"),
         "portable": (),
     },
-    "aarch64": {"neon": ()},
+    "aarch64": {"dotprod": ("-march=armv8.2-a+dotprod",), "neon": ()},
 }
 
 

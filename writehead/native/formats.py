@@ -115,7 +115,8 @@ def pack(weight: Tensor, format: str) -> Packed:
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} cannot be packed; expected (N, K), not empty"
         )
-    return pack_rows(weight.__getitem__, *weight.shape, format)
+    N, K = weight.shape
+    return pack_rows(weight.__getitem__, N, K, format)
 
 
 def pack_rows(rows: Callable[[slice], Tensor], n: int, k: int, format: str) -> Packed:

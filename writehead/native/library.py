@@ -9,7 +9,13 @@ from writehead.native.build import FOLDER, instruction_sets
 from writehead.native.structs import Cache, Call, Matrix, Model
 
 VERSION = 1
-NEEDS = {"avx512": ("avx512f", "avx512_vnni"), "avx2": ("avx2",), "neon": (), "portable": ()}
+NEEDS = {
+    "avx512": ("avx512f", "avx512_vnni"),
+    "avx2": ("avx2",),
+    "dotprod": ("asimddp",),
+    "neon": (),
+    "portable": (),
+}
 
 
 def load(path: Path) -> ctypes.CDLL:

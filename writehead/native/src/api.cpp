@@ -8,6 +8,8 @@ const char* wh_instructions(void) {
     return "avx512";
 #elif defined(__AVX2__)
     return "avx2";
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return "dotprod";
 #elif defined(__aarch64__)
     return "neon";
 #else

@@ -92,6 +92,8 @@ inline vec load_f16(const uint16_t* from) {
     return (vec)_mm512_maskz_cvtph_ps(0xffff, load_as<__m256i>(from));  // the plain form warns in GCC 12
 #elif defined(__F16C__)
     return (vec)_mm256_cvtph_ps(load_as<__m128i>(from));
+#elif defined(__aarch64__)
+    return (vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
 #else
     const uvec h = __builtin_convertvector(load_as<half>(from), uvec);
     const uvec magnitude = (h & 0x7fffu) << 13;
@@ -192,6 +194,19 @@ inline ivec dot_bytes(ivec sum, bvec w, ivec x) {
     const __m256i turned = _mm256_sign_epi8((__m256i)x, centred);
     return dot_nibbles(sum, (bvec)_mm256_abs_epi8(centred), (ivec)turned);
 }
+#elif defined(__aarch64__)
+constexpr int kTaken = 128;
+inline ivec dot_signed(ivec sum, int8x16_t w, ivec x) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return (ivec)vdotq_s32((int32x4_t)sum, w, (int8x16_t)x);
+#else
+    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8((int8x16_t)x));  // |w| <= 128, |x| <= 127
+    const int16x8_t high = vmull_high_s8(w, (int8x16_t)x);
+    return sum + (ivec)vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+#endif
+}
+inline ivec dot_bytes(ivec sum, bvec w, ivec x) { return dot_signed(sum, (int8x16_t)(w ^ 128), x); }
+inline ivec dot_nibbles(ivec sum, bvec w, ivec x) { return dot_signed(sum, (int8x16_t)w, x); }
 #else
 constexpr int kTaken = 128;
 // Even and odd bytes side by side in 16 bits, which two products with |w| <= 128 do not leave.
