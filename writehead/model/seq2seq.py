@@ -36,9 +36,14 @@ class Seq2Seq(nn.Module):
         """As `Decoder.step`."""
         return self.decoder.step(tokens, state)
 
-    def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Aux]:
-        """Training and scoring: source (B, S), target (B, T) -> logits (B, T, V) and auxiliary values."""
+    def whole(self, source: Tensor, target: Tensor) -> tuple[Tensor, Aux]:
+        """source (B, S), target (B, T) -> the last layer's output (B, T, X), and auxiliary values."""
         x, pos, aux = self.encoder(source)
         memories = tuple(block.cross.remember(x, pos) for block in self.decoder.blocks)
         x, more = self.decoder.whole(target, memories)
-        return self.decoder.logits(x), merge_aux(aux, more)
+        return x, merge_aux(aux, more)
+
+    def forward(self, source: Tensor, target: Tensor) -> tuple[Tensor, Aux]:
+        """Training and scoring: source (B, S), target (B, T) -> logits (B, T, V) and auxiliary values."""
+        x, aux = self.whole(source, target)
+        return self.decoder.logits(x), aux

@@ -71,16 +71,19 @@ class LossConfig:
         label_smoothing: share of the target's probability given to all tokens alike.
         z_loss: weight of the squared log of the softmax's sum.
         aux: weights of the auxiliary losses that mixers and layers report, by name; 1 where not given.
+        chunk: tokens of a row whose logits exist at a time, computed again in the backward pass, which saves
+            memory with large vocabularies; 0 is all.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     aux: Mapping[str, float] = field(default_factory=dict)
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.label_smoothing={self.label_smoothing} must be from 0 up to 1")
-        at_least("loss", self, z_loss=0)
+        at_least("loss", self, z_loss=0, chunk=0)
         for name, weight in self.aux.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise ValueError(f"loss.aux.{name} must be a number; got {weight!r}")
@@ -197,6 +200,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         kind = self.model.get("kind", "decoder")
+        if self.loss.chunk and self.data.kind == "labelled":
+            raise ValueError(
+                f"loss.chunk={self.loss.chunk} is for text and translations; classes have few logits: use 0"
+            )
         if kind not in KINDS[self.data.kind]:
             raise ValueError(
                 f"data.kind={self.data.kind!r} trains a model of kind {' or '.join(KINDS[self.data.kind])}; "

@@ -16,6 +16,7 @@ from writehead.model.decoder import Decoder
 from writehead.model.encoder import Encoder
 from writehead.model.parts import weights
 from writehead.model.seq2seq import Seq2Seq
+from writehead.ops.chunked_loss import in_pieces
 from writehead.train.batches import Batch
 from writehead.train.config import LossConfig
 
@@ -49,15 +50,24 @@ class Objective(nn.Module):
         """The sums of one piece, and the state after it if one was given."""
         if len(self.choices):  # type: ignore[arg-type]
             logits, aux = self._classify(batch)
-        elif isinstance(self.model, Seq2Seq):
+            return self._and(self._sums(logits, batch.target), aux, batch.target), state
+        if isinstance(self.model, Seq2Seq):
             assert batch.source is not None
-            logits, aux = self.model(batch.source, batch.tokens)
+            decoder = self.model.decoder
+            x, aux = self.model.whole(batch.source, batch.tokens)
         else:
             assert isinstance(self.model, Decoder)
-            start = self.model.init_state(len(batch.tokens)) if state is None else state
-            x, after, aux = self.model.hidden(batch.tokens, start)
-            logits, state = self.model.logits(x), None if state is None else after
-        return self._sums(logits, batch.target, aux), state
+            decoder = self.model
+            start = decoder.init_state(len(batch.tokens)) if state is None else state
+            x, after, aux = decoder.hidden(batch.tokens, start)
+            state = None if state is None else after
+
+        def piece(part: Tensor, target: Tensor) -> Sums:
+            return self._sums(decoder.logits(part), target)
+
+        chunk = self.loss.chunk
+        sums = Sums(*in_pieces(piece, x, batch.target, chunk)) if chunk else piece(x, batch.target)
+        return self._and(sums, aux, batch.target), state
 
     def _classify(self, batch: Batch) -> tuple[Tensor, Aux]:
         """Logits (B, 1, K): an encoder's mean vector, or a decoder's last one, against the classes' rows."""
@@ -72,7 +82,11 @@ class Objective(nn.Module):
         logits = self.model.embedding.logits(x)
         return logits[:, self.choices][:, None], aux  # type: ignore[index]
 
-    def _sums(self, logits: Tensor, target: Tensor, aux: Aux) -> Sums:
+    def _and(self, sums: Sums, aux: Aux, target: Tensor) -> Sums:
+        """The sums with the auxiliary losses."""
+        return sums._replace(loss=sums.loss + auxiliary(aux, self.loss.aux) * (target >= 0).sum())
+
+    def _sums(self, logits: Tensor, target: Tensor) -> Sums:
         """Sums over the targets of cross-entropy and what the config adds to it."""
         logits, target = logits.flatten(0, 1).float(), target.flatten()
         if self.loss.label_smoothing or self.loss.z_loss:
@@ -84,7 +98,6 @@ class Objective(nn.Module):
             loss = (1 - smooth) * nll + smooth * spread + self.loss.z_loss * whole[valid].square().sum()
         else:
             loss = nll = F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
-        loss = loss + auxiliary(aux, self.loss.aux) * (target >= 0).sum()
         with torch.no_grad():
             right = (logits.argmax(-1) == target).sum()
         return Sums(loss, nll.detach(), right)
