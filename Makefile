@@ -11,7 +11,7 @@ help:
 	@echo "make demo   decode a real model, measure it, draw the head-sharing table (sets up $(VENV) itself)"
 	@echo "make test   everything that CI runs: lint, types, tests, README commands, demo"
 	@echo "make bench  the decode benchmark against installed peers, results under benchmarks/results/"
-	@echo "make evidence  the experiments that check the papers' claims, piece by piece (DATA=folder with WikiText-2)"
+	@echo "make evidence  the experiments that check the papers' claims, piece by piece (DATA=folder of WikiText-2, Multi30k)"
 	@echo "make setup  the environment for developing"
 	@echo "make clean  remove the environment and what runs left behind"
 

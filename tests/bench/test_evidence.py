@@ -65,10 +65,10 @@ def test_seeds_come_one_after_the_other_over_all_variants() -> None:
 
 
 def test_a_piece_is_known_by_what_it_does_not_by_where_its_data_is() -> None:
-    (piece,) = pieces(["lm"], NOWHERE, seeds=1)[:1]
-    moved = Sources({"train": ["/elsewhere/stdlib"]})
-    assert pieces(["lm"], moved, seeds=1)[0].key == piece.key
-    assert pieces(["lm"], NOWHERE, seeds=1, steps=7)[0].key != piece.key
+    piece = pieces(["translation"], NOWHERE, seeds=1)[0]
+    moved = Sources({}, {"train": ["/elsewhere/a.tsv"], "valid": ["/elsewhere/b.tsv"]}, "/elsewhere/c.tsv")
+    assert pieces(["translation"], moved, seeds=1)[0].key == piece.key
+    assert pieces(["translation"], NOWHERE, seeds=1, steps=7)[0].key != piece.key
     assert "clip" not in json.dumps(piece.key)  # defaults, and so options yet to come, are no part of it
 
 

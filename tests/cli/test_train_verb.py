@@ -63,7 +63,7 @@ def test_train_writes_a_checkpoint_that_generate_and_evaluate_open(
     assert "step 6/6  loss " in ran.err
     assert "evaluation: loss " in ran.err
     assert "sample: " in ran.err
-    said = run("generate", "line", "--model", f"{out}/latest", "--max-new-tokens", "4")
+    said = run("generate", "line", "--model", out, "--max-new-tokens", "4")
     assert said.code == 0
     assert said.err.startswith("prefill 4 tokens")
     text = write(tmp_path, "test.txt", TEXT[:300])
@@ -76,7 +76,7 @@ def test_train_writes_a_checkpoint_that_generate_and_evaluate_open(
     )
     assert 1 < scores["byte_perplexity"] < 400
     assert scores["machine"]["versions"]["torch"]
-    plain = run("evaluate", f"{out}/latest", text)
+    plain = run("evaluate", out, text)
     assert "windows apart: window 16, stride 16" in plain.out
 
 

@@ -237,6 +237,12 @@ def test_a_missing_model_is_one_sentence_with_the_nearest_name(llama: Path) -> N
         load("/nowhere/at/all.gguf")
 
 
+def test_a_training_runs_folder_means_its_newest_checkpoint(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to(llama, target_is_directory=True)
+    assert find(tmp_path) == tmp_path / "latest"
+    assert find(llama) == llama
+
+
 def test_a_single_safetensors_file_is_no_model(llama: Path) -> None:
     with pytest.raises(ValueError, match=r"model.safetensors is neither a model folder nor a .gguf file"):
         load(llama / "model.safetensors")

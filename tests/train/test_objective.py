@@ -229,3 +229,29 @@ def test_only_matrices_decay() -> None:
     assert {name: decay[id(p)] for name, p in named} == {
         name: 0.3 if p.dim() > 1 else 0.0 for name, p in named
     }
+
+
+@pytest.mark.parametrize(("values", "kind"), [(DECODER, Decoder), (DECODER | CROSS, Seq2Seq)])
+def test_a_loss_in_chunks_has_the_sums_and_gradients_of_the_whole(values: dict[str, Any], kind: Any) -> None:
+    model, given = kind(ModelConfig.from_dict(values)).double(), batch()
+    parameters, found = list(model.parameters()), []
+    for chunk in (0, 1, 3, 100):
+        config = LossConfig(label_smoothing=0.1, z_loss=0.01, chunk=chunk)
+        sums, _ = Objective(model, config)(given)
+        found.append([*sums[1:], sums.loss.detach(), *torch.autograd.grad(sums.loss, parameters)])
+    for other in found[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_chunked_loss_holds_the_logits_of_one_chunk() -> None:
+    model = Decoder(ModelConfig.from_dict({**DECODER, "vocab": 500}))
+    held: dict[int, list[int]] = {}
+    for chunk in (0, 2):
+        sizes = held.setdefault(chunk, [])
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t
+        ):  # type: ignore[misc]
+            Objective(model, LossConfig(chunk=chunk))(batch())
+    table = model.embedding.table.numel()
+    assert max(size for size in held[0] if size != table) == 4 * 7 * 500
+    assert max(size for size in held[2] if size != table) < 4 * 2 * 500

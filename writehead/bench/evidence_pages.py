@@ -268,14 +268,15 @@ def _setting(name: str, planned: Sequence[Piece]) -> str:
 
 def _missing(planned: Sequence[Piece], found: Sequence[Record]) -> str:
     done = {(record["piece"][1], record["piece"][2]) for record in found}
-    rest: dict[str, list[str]] = {}
+    rest: dict[str, list[str]] = {piece.variant: [] for piece in planned}
     for piece in planned:
         if (piece.variant, piece.seed) not in done:
-            rest.setdefault(piece.variant, []).append(str(piece.seed))
+            rest[piece.variant].append(str(piece.seed))
     whole = len({piece.seed for piece in planned})
     words = [
         variant if len(seeds) == whole else f"{variant} (seed {', '.join(seeds)})"
         for variant, seeds in rest.items()
+        if seeds
     ]
     return f"Missing: {'; '.join(words)}." if words and found else ""
 

@@ -27,10 +27,10 @@ def config_of(name: str) -> "ModelConfig":
         return _ours(path)
     if path.suffix == ".json" and path.exists():
         return _theirs(path) if "model_type" in read_json(path) else _ours(path)
-    if (path / "config.json").is_file():
-        path = path / "config.json"
-        return _theirs(path) if "model_type" in read_json(path) else _ours(path)
     found = find(name)
+    if (found / "config.json").is_file():
+        path = found / "config.json"
+        return _theirs(path) if "model_type" in read_json(path) else _ours(path)
     if found.is_dir():
         raise ValueError(f"{found} is not a model folder: it has no config.json")
     return read_config(open_gguf(found))[1]

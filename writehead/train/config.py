@@ -39,8 +39,9 @@ class DataConfig:
 
     Attributes:
         kind: "text" (a stream), "labelled" (texts and classes), "parallel" (sources and targets) or "image".
-        train, valid: files, folders, or "stdlib" (Python's own sources); without `valid` the last part of
-            `train` is held out. Images: FILE.npz:NAME, FILE.npy, pictures, or folders of these.
+        train, valid: files, folders, "hf:NAME:SPLIT" or "stdlib" (Python's own sources); without `valid`
+            the last part of `train` is held out. Images: FILE.npz:NAME, FILE.npy, pictures, or folders of
+            these.
         holdout: that part, as a share.
         fields: keys of JSONL lines: (text,), (label, text) or (source, target); () is those names.
         tokenizer: {"name": "bytes"}, {"name": "bpe", "vocab": 8192} or {"name": "folder", "path": ...}.
@@ -209,6 +210,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         kind = self.model.get("kind", "decoder")
+        if self.loss.chunk and self.data.kind == "labelled":
+            raise ValueError(
+                f"loss.chunk={self.loss.chunk} is for text and translations; classes have few logits: use 0"
+            )
         if kind not in KINDS[self.data.kind]:
             raise ValueError(
                 f"data.kind={self.data.kind!r} trains a model of kind {' or '.join(KINDS[self.data.kind])}; "

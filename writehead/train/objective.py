@@ -17,6 +17,7 @@ from writehead.model.decoder import Decoder
 from writehead.model.encoder import Encoder
 from writehead.model.parts import weights
 from writehead.model.seq2seq import Seq2Seq
+from writehead.ops.chunked_loss import in_pieces
 from writehead.stacks.reversible import Reversible
 from writehead.train.batches import Batch
 from writehead.train.config import LossConfig
@@ -82,16 +83,8 @@ class Objective(nn.Module):
 
     def _sums(self, x: Tensor, target: Tensor, aux: Aux) -> Sums:
         """Sums over the targets of cross-entropy and what the config adds to it."""
-        chunk = self.loss.chunk or x.shape[1]
-        if chunk >= x.shape[1]:
-            loss, nll, right = self._piece(x, target)
-        else:
-            parts = zip(x.split(chunk, 1), target.split(chunk, 1), strict=True)
-            if torch.is_grad_enabled():
-                found = [checkpoint(self._piece, *part, use_reentrant=False) for part in parts]
-            else:
-                found = [self._piece(*part) for part in parts]
-            loss, nll, right = (torch.stack(each).sum() for each in zip(*found, strict=True))
+        chunk = self.loss.chunk
+        loss, nll, right = in_pieces(self._piece, x, target, chunk) if chunk else self._piece(x, target)
         return Sums(loss + auxiliary(aux, self.loss.aux) * (target >= 0).sum(), nll.detach(), right)
 
     def _piece(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -186,7 +186,11 @@ def _source(out: Path, resume: str) -> tuple[Path | None, list[str]]:
 
 def _check_same(run: RunConfig, other: Any, source: Path) -> None:
     """Raise unless a run is the one that a checkpoint is of; its end and its reports may differ."""
-    ours, theirs = _flat(run.to_dict()), _flat(other if isinstance(other, dict) else {})
+    ours = _flat(run.to_dict())
+    since = {key: value for key, value in _flat(RunConfig().to_dict()).items() if key in ours}
+    theirs = since | _flat(
+        other if isinstance(other, dict) else {}
+    )  # options that came later: their defaults
     for key in sorted(ours.keys() | theirs.keys()):
         if key not in FREE and not key.startswith("report.") and ours.get(key) != theirs.get(key):
             raise ValueError(
