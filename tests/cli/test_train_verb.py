@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import yaml
 
@@ -189,6 +190,8 @@ def test_an_example_loads_and_steps(
             name,
             "".join(f"{'ab'[n % 2]}\ttext number {n} of some {n * 7919}\n" for n in range(400)),
         )
+    digits = np.random.default_rng(0).integers(0, 256, (2, 12, 28, 28), np.uint8)
+    np.savez(tmp_path / "mnist.npz", x_train=digits[0], x_test=digits[1])
     given = read_values(path)
     assert set(given) <= {"model", "data", "optim", "loss", "loop", "report"}
     over = ["loop.steps=2", "data.batch=4", "report.eval_batches=1", "report.sample_tokens=4"]

@@ -84,7 +84,7 @@ class Frame:
         values = (tokens * 255).div(self.levels - 1, rounding_mode="floor").to(torch.uint8)
         out = torch.empty_like(values)
         out[:, self.order(torch.arange(self.length))] = values
-        return out.unflatten(1, (self.height, self.width, self.channels))
+        return out.view(-1, self.height, self.width, self.channels)
 
 
 class Categorical(nn.Module):

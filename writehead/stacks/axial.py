@@ -126,7 +126,7 @@ class Axial(nn.Module):
             (self.blocks[1 : self.outer : 2], finished),
             (self.blocks[self.outer :], context),
         ):
-            mixer: Any = part[0].mixer  # type: ignore[union-attr]
+            mixer: Any = part[0].mixer
             shared = 8 * batch * Layout.of(mixer.pattern.reach, store).slots(tokens, store.capacity)
             total += len(part) * (mixer.state_bytes(batch, tokens, itemsize, store) - shared) + shared
         X: int = mixer.qkv.weight.shape[1]
