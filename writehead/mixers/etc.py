@@ -170,7 +170,7 @@ class ETC(nn.Module):
         seen = torch.cat([window, valid[:, None, :g].expand(-1, L, -1)], 2)
         weights = _softmax(torch.cat([close, far], 3) * D**-0.5, seen[:, :, None])
         ours = F.pad(weights[..., : 3 * C], (0, 0, 0, 0, 0, more)).unflatten(1, (blocks, C)).flatten(0, 1)
-        y = _read(ours, near[1]).unflatten(0, (B, blocks)).flatten(1, 2)[:, :L]
+        y: Tensor = _read(ours, near[1]).unflatten(0, (B, blocks)).flatten(1, 2)[:, :L]
         return y + _read(weights[..., 3 * C :], first[2])
 
 

@@ -50,11 +50,13 @@ class Gathered:
     def queries(self, t: Tensor, first: int, last: int) -> Tensor:
         """t (B, H, T, ...) -> (B * n, H, queries of a block, ...) of a span."""
         own = t[:, :, first * self.picks.size : last * self.picks.size]
-        return own.unflatten(2, (last - first, -1)).transpose(1, 2).flatten(0, 1)
+        rows: Tensor = own.unflatten(2, (last - first, -1)).transpose(1, 2).flatten(0, 1)
+        return rows
 
     def back(self, t: Tensor, first: int, last: int) -> Tensor:
         """The inverse of `queries`: (B, H, queries of the span, ...)."""
-        return t.unflatten(0, (-1, last - first)).transpose(1, 2).flatten(2, 3)
+        whole: Tensor = t.unflatten(0, (-1, last - first)).transpose(1, 2).flatten(2, 3)
+        return whole
 
     def keys(self, t: Tensor, first: int, last: int) -> Tensor:
         """Blocks of t (B, G * N, size * D) -> (B * n, rows, R * size, D)."""
