@@ -115,6 +115,8 @@ MIXERS = _table(
     Row("longformer_causal", "mixers.longformer:Longformer", "arXiv:2004.05150", "fixed pattern", "O(T W)",
         "O(W)", "Longformer looking back: a window, with gaps for some heads, and the first tokens",
         {"window": 512, "causal": True}),
+    Row("etc", "mixers.etc:ETC", "arXiv:2004.08483", "fixed pattern", "O(T W)", "encode",
+        "global tokens read all, long ones a window and them; every pair has a relative label"),
     Row("cross", "mixers.cross:Cross", "arXiv:1706.03762", "head sharing", "O(T S)", "O(1)",
         "decoder tokens read an encoder's output, kept once for each source"),
     Row("transformer_xl", "mixers.transformer_xl:TransformerXL", "arXiv:1901.02860", "recurrence", "O(T W)",

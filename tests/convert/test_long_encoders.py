@@ -106,7 +106,7 @@ def test_a_classifier_is_refused_with_the_names_of_its_head(tmp_path: Path) -> N
         ("longformer", {"attention_window": [4, 4]}, "one for each of 3 layers"),
         ("longformer", {"pad_token_id": 0}, "pad_token_id=0 is not supported; accepted: 1"),
         ("longformer", {"attention_mode": "sliding_chunks"}, "attention_mode='sliding_chunks' is not"),
-        ("big_bird", {"attention_type": "block"}, "did you mean 'block_sparse'"),
+        ("big_bird", {"attention_type": "block"}, "attention_type='block' is not supported"),
         ("big_bird", {"use_bias": False}, "use_bias=False is not supported; accepted: True"),
     ],
 )

@@ -219,6 +219,7 @@ def scaling_plot(cells: Sequence[Growth], path: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7, frameon=False)
+        axis.set_ylim(top=axis.get_ylim()[1] * 3 ** (len(fitted) / 3))  # room for the names
+        axis.legend(loc="upper left", fontsize=7, frameon=False)
     figure.tight_layout()
     _save(figure, path)

@@ -43,6 +43,10 @@ TINY: Mapping[str, Any] = {
     "image_width": 8,
     "patch": [2, 4],
     "margin": [2, 4],
+    "tokens": 2,
+    "radius": 2,
+    "clip": 2,
+    "span": 3,
 }  # a row's arguments when `check_row` builds it, at any depth
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from writehead.core.pattern import Pattern
-from writehead.core.pattern.plan import Part, Plan, Tile, natural_size, plan_heads, skeleton
+from writehead.core.pattern.plan import Part, Plan, Tile, natural_size, plan_heads
 from writehead.ops import picked
 from writehead.ops.tile import additive, backward, forward, give, take
 
@@ -67,10 +67,10 @@ def block_attend(
     valid = None if valid is None or bool(valid.all()) else valid
     picking = bias is None  # biases are made for runs of tokens
     pieces, taken = [], []
-    for heads in _alike(pattern, H, G, picking):
+    for heads in picked.alike(pattern, H, G, picking):
         first = pattern.head(heads[0])
         tiles = plan_heads(
-            _sets(pattern, heads, H, G) if picking else (first,),
+            picked.sets(pattern, heads, H, G) if picking else (first,),
             q.shape[1],
             size or (natural_size(first, BLOCK) if picking else BLOCK),
             picking,
@@ -85,38 +85,6 @@ def block_attend(
         taken += heads
     back = torch.tensor(taken, device=q.device).argsort()
     return torch.cat(pieces, 2).index_select(2, back)
-
-
-def _alike(pattern: Pattern, heads: int, kv_heads: int, picking: bool) -> Iterator[list[int]]:
-    """Sets of query heads with one pattern, but for the blocks picked, and as many heads of each key/value
-    head."""
-    if pattern.heads is None:
-        yield list(range(heads))
-        return
-    sets: dict[Any, dict[int, list[int]]] = {}
-    for h in range(heads):
-        own = pattern.head(h)
-        alike = skeleton(own) if picking else own
-        sets.setdefault(alike, {}).setdefault(h * kv_heads // heads, []).append(h)
-    for groups in sets.values():
-        if len({len(group) for group in groups.values()}) == 1:
-            yield [h for group in groups.values() for h in group]
-        else:
-            yield from groups.values()
-
-
-def _sets(pattern: Pattern, heads: list[int], all_heads: int, kv_heads: int) -> tuple[Pattern, ...]:
-    """The patterns of a set's heads: one if all are equal, one for each key/value head if those of its heads
-    are, or one for each head."""
-    own = [pattern.head(h) for h in heads]
-    if len(set(own)) == 1:
-        return (own[0],)
-    groups: dict[int, list[Pattern]] = {}
-    for h, one in zip(heads, own, strict=True):
-        groups.setdefault(h * kv_heads // all_heads, []).append(one)
-    if all(len(set(group)) == 1 for group in groups.values()):
-        return tuple(group[0] for group in groups.values())
-    return tuple(own)
 
 
 def _of_heads(of: Callable[..., Tensor | None], heads: Tensor) -> Callable[..., Tensor]:

@@ -5,12 +5,15 @@ beside each other. So heads with blocks of their own cost no more calls than hea
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from writehead.core.pattern.plan import Picks
+from writehead.core.pattern import Pattern
+from writehead.core.pattern.picks import Picks
+from writehead.core.pattern.plan import skeleton
 from writehead.ops import tile
 
 GATHERED = 1 << 22  # numbers of keys that are gathered at once, about
@@ -47,11 +50,13 @@ class Gathered:
     def queries(self, t: Tensor, first: int, last: int) -> Tensor:
         """t (B, H, T, ...) -> (B * n, H, queries of a block, ...) of a span."""
         own = t[:, :, first * self.picks.size : last * self.picks.size]
-        return own.unflatten(2, (last - first, -1)).transpose(1, 2).flatten(0, 1)
+        rows: Tensor = own.unflatten(2, (last - first, -1)).transpose(1, 2).flatten(0, 1)
+        return rows
 
     def back(self, t: Tensor, first: int, last: int) -> Tensor:
         """The inverse of `queries`: (B, H, queries of the span, ...)."""
-        return t.unflatten(0, (-1, last - first)).transpose(1, 2).flatten(2, 3)
+        whole: Tensor = t.unflatten(0, (-1, last - first)).transpose(1, 2).flatten(2, 3)
+        return whole
 
     def keys(self, t: Tensor, first: int, last: int) -> Tensor:
         """Blocks of t (B, G * N, size * D) -> (B * n, rows, R * size, D)."""
@@ -106,3 +111,35 @@ def backward(part: Gathered, grad: Tensor, y: Tensor, lse: Tensor, totals: tuple
     for total, value in zip(totals[1:], (dk, dv), strict=True):
         whole = value.view(len(total), part.groups, -1, total.shape[-1])
         total += whole[:, :, : part.length]
+
+
+def alike(pattern: Pattern, heads: int, kv_heads: int, picking: bool) -> Iterator[list[int]]:
+    """Sets of query heads with one pattern, but for the blocks picked, and as many heads of each key/value
+    head."""
+    if pattern.heads is None:
+        yield list(range(heads))
+        return
+    sets: dict[Any, dict[int, list[int]]] = {}
+    for h in range(heads):
+        own = pattern.head(h)
+        alike = skeleton(own) if picking else own
+        sets.setdefault(alike, {}).setdefault(h * kv_heads // heads, []).append(h)
+    for groups in sets.values():
+        if len({len(group) for group in groups.values()}) == 1:
+            yield [h for group in groups.values() for h in group]
+        else:
+            yield from groups.values()
+
+
+def sets(pattern: Pattern, heads: list[int], all_heads: int, kv_heads: int) -> tuple[Pattern, ...]:
+    """The patterns of a set's heads: one if all are equal, one for each key/value head if those of its heads
+    are, or one for each head."""
+    own = [pattern.head(h) for h in heads]
+    if len(set(own)) == 1:
+        return (own[0],)
+    groups: dict[int, list[Pattern]] = {}
+    for h, one in zip(heads, own, strict=True):
+        groups.setdefault(h * kv_heads // all_heads, []).append(one)
+    if all(len(set(group)) == 1 for group in groups.values()):
+        return tuple(group[0] for group in groups.values())
+    return tuple(own)
