@@ -36,7 +36,9 @@ def test_each_token_reads_the_linformer_of_its_past_with_its_gradients(sharing, 
 
 def config(**changes):
     mixer = {"name": "linformer_prefix", "heads": 2, "max_context": 9, "rank": 3, "sharing": "layers"}
-    return ModelConfig(vocab=11, dim=8, depth=3, mixer=({**mixer}, {**mixer, **changes}), position={"name": "none"})
+    return ModelConfig(
+        vocab=11, dim=8, depth=3, mixer=({**mixer}, {**mixer, **changes}), position={"name": "none"}
+    )
 
 
 def test_layers_share_one_projection_that_is_saved_and_trained_once():
@@ -58,7 +60,9 @@ def test_with_one_write_head_the_state_is_smaller_by_the_number_of_heads():
 
 
 def test_layers_that_cannot_share_and_positions_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match=r'sharing="layers" need one max_context and one rank; got 9 and 3, then 9 and 5'):
+    with pytest.raises(
+        ValueError, match=r'sharing="layers" need one max_context and one rank; got 9 and 3, then 9 and 5'
+    ):
         Decoder(config(rank=5))
     with pytest.raises(ValueError, match=r"position 9 does not exist: this mixer has 9 positions \(0 to 8\)"):
         Decoder(config())(torch.zeros(1, 10, dtype=torch.int64))
