@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from writehead.ops.scan import NOTHING, Rule, Sums, empty, scan, whole
+from writehead.ops.scan import NOTHING, Sums, empty, scan, whole
+from writehead.ops.scan_chunks import Rule
 
 PLAIN, FLOOR = Rule(1e-6, floor=False), Rule(3.0, floor=True)
 B, G, M, E = 2, 2, 3, 5

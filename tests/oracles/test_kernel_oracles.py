@@ -9,7 +9,8 @@ import torch
 
 from writehead.core.positions import Positions
 from writehead.mixers.performer import Performer
-from writehead.ops.scan import Rule, empty, scan, whole
+from writehead.ops.scan import empty, scan, whole
+from writehead.ops.scan_chunks import Rule
 
 SUM, ONE = Rule(1e-10, floor=False), Rule(1.0, floor=True)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from writehead.bench.measure import Case, alternate
 from writehead.native.build import compiler
-from writehead.ops.scan import Rule, empty, scan
+from writehead.ops.scan import empty, scan
+from writehead.ops.scan_chunks import Rule
 
 SUM = Rule(1e-10, floor=False)
 SOURCE = Path(__file__).parent / "causal_product.cpp"

@@ -26,6 +26,7 @@ from writehead.core.work import Call, Work, products, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops import scan
 from writehead.ops.features import Elu, FeatureMap
+from writehead.ops.scan_chunks import Rule
 from writehead.positions.base import NoPosition, Scheme, has
 
 EPS = 1e-6
@@ -47,7 +48,7 @@ class Kernel(nn.Module):
     """Causal attention through a feature map: what the systems of this family share."""
 
     def __init__(
-        self, dim: int, qkv: QKV, features: FeatureMap, rule: scan.Rule, bias: str, position: Scheme | None
+        self, dim: int, qkv: QKV, features: FeatureMap, rule: Rule, bias: str, position: Scheme | None
     ) -> None:
         """Make the mixer.
 
@@ -195,7 +196,7 @@ class Linear(TwoWay):
         """
         qkv = shared_heads(dim, heads, kv_heads, head_dim, bias)
         features = Elu(heads, qkv.kv_heads, qkv.head_dim)
-        super().__init__(dim, qkv, features, scan.Rule(EPS, floor=False), bias, position)
+        super().__init__(dim, qkv, features, Rule(EPS, floor=False), bias, position)
 
 
 def shared_heads(dim: int, heads: int, kv_heads: int | None, head_dim: int | None, bias: str) -> QKV:

@@ -19,7 +19,7 @@ Differs   keys are scaled by the running maximum of what came before, which canc
 from writehead.core.shapes import check_choice
 from writehead.mixers.linear import TwoWay, shared_heads, smallest
 from writehead.ops.features import FeatureMap, Positive, Relu
-from writehead.ops.scan import Rule
+from writehead.ops.scan_chunks import Rule
 from writehead.positions.base import Scheme
 
 KERNELS = ("softmax", "hyperbolic", "relu")

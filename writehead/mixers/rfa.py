@@ -24,7 +24,8 @@ from writehead.core.bind import Of
 from writehead.core.work import Call, Work, products, values
 from writehead.mixers.linear import Kernel, TwoWay, shared_heads
 from writehead.ops.features import Unit
-from writehead.ops.scan import Rule, wide
+from writehead.ops.scan import wide
+from writehead.ops.scan_chunks import Rule
 from writehead.positions.base import Scheme
 
 
