@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 command = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Measure this machine, decoding and training on it."
 )
-for study in (studies.train, studies.scaling, studies.evidence):
+for study in (studies.train, studies.scaling, studies.evidence, studies.lsh):
     command.command(study.__name__)(study)
 QUICK = "float32, two cells, small grid, three rounds: under two minutes."
 RANDOM = "random-1b"
