@@ -1,7 +1,7 @@
 """LSH attention against length, beside other LSH layers and dense attention; the price of a reversible stack.
 
-All layers have the same width, heads, rounds and chunks, and about two buckets for each chunk. Every figure is
-seconds of a forward pass with its backward pass.
+All layers have the same width, heads, rounds and chunks, and about two buckets for each chunk. Every figure
+is seconds of a forward pass with its backward pass.
 """
 
 import importlib.util
@@ -76,13 +76,13 @@ def _transformers(tokens: int) -> Callable[[Tensor], Tensor]:
         )
     )  # fmt: skip
     out = nn.Linear(DIM, DIM, bias=False)
-    return lambda x: out(layer(x).hidden_states)  # type: ignore[no-any-return]
+    return lambda x: out(layer(x).hidden_states)
 
 
 def _lucid(tokens: int) -> Callable[[Tensor], Tensor]:
     theirs = import_module("reformer_pytorch").LSHSelfAttention
     layer = theirs(dim=DIM, heads=HEADS, bucket_size=CHUNK, n_hashes=ROUNDS, causal=True)
-    return lambda x: layer(x)  # type: ignore[no-any-return]
+    return lambda x: layer(x)
 
 
 def stacks(depth: int = 8, dim: int = 128, tokens: int = 512) -> dict[str, Case]:

@@ -133,7 +133,7 @@ def lsh(
     out: Annotated[Path | None, typer.Option(help="Folder for lsh.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
 ) -> None:
-    """LSH attention against length, other packages' LSH layers and dense attention; the reversible stack's price."""
+    """LSH attention by length, beside other packages' layers and dense attention; what reversing costs."""
     import torch
 
     from writehead.bench import lsh as bench
