@@ -5,6 +5,7 @@ import torch
 from reference.routing import picked, routed
 from torch.nn import functional as F
 
+from writehead.core.cache import Store
 from writehead.core.positions import Positions
 from writehead.core.replay import Tape
 from writehead.core.state import nbytes
@@ -14,6 +15,7 @@ from writehead.laws import check
 from writehead.mixers.routing import COMMIT, Routing
 from writehead.ops import centroids as ops
 from writehead.ops.centroids import Centroids, norm
+from writehead.ops.heaps import empty, take
 from writehead.ops.top_clusters import best, within
 from writehead.positions.rope import Rotary
 from writehead.stacks.reversible import Reversible
@@ -85,15 +87,16 @@ def test_running_clusters_are_the_authors_decoder_token_by_token():
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_equal_tokens_stay_in_the_order_in_which_they_came():
-    mixer = make(mode="running", clusters=1, window=2).double().eval()
-    x = torch.randn(1, 1, 16, dtype=torch.float64).expand(1, 5, 16)
-    _, state, _ = mixer(x, Positions.range(1, 0, 5))
-    y, _, _ = mixer(x, Positions.range(1, 0, 5))
-    local, _, _ = mixer.local(x, Positions.range(1, 0, 5))
-    routed_part = (y - local)[0].abs().amax(-1) > 1e-9
-    assert routed_part.tolist() == [True, True, False, False, False]
-    assert (state.members.score > -torch.inf).sum() == 2 * 2
+def test_of_equal_tokens_the_older_ones_stay():
+    q = k = v = torch.eye(5, dtype=torch.float64).view(1, 5, 1, 5)
+    score = torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0], dtype=torch.float64).view(1, 5, 1, 1)
+    y, after = take(q, k, v, score, empty(1, 1, 1, 2, 5, Store(), q), scale=0.0, spare=0.0)
+    found = torch.nan_to_num(y[0, :, 0])
+    right = torch.zeros(5, 5, dtype=torch.float64)
+    right[0, 0], right[1, :2], right[3, [1, 3]] = 1, 0.5, 0.5
+    assert torch.equal(found, right)
+    assert torch.equal(after.v[0, 0, 0], v[0, [1, 3], 0])
+    assert after.score.flatten().tolist() == [2.0, 2.0]
 
 
 def test_centroids_move_to_their_members_and_padding_moves_none(monkeypatch):
@@ -237,6 +240,10 @@ def test_work_of_one_token_does_not_grow_with_the_context():
         (
             {"mode": "paper", "kv_heads": 1},
             'mode="paper" has shared queries and keys: leave kv_heads out; got 1',
+        ),
+        (
+            {"mode": "running", "kv_heads": 1},
+            'mode="running" has shared queries and keys: leave kv_heads out; got 1',
         ),
     ],
 )

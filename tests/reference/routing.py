@@ -42,7 +42,9 @@ def picked(
             keys = [normalised(q[h] @ token) for token in x[: t + 1]]
             total, count = torch.zeros_like(keys[0]), 0
             for centroid in means[h]:
-                order = sorted(range(t + 1), key=lambda s, c=centroid, k=keys: -float(c @ k[s]))[:window]
+                order = sorted(range(t + 1), key=lambda s, c=centroid, k=keys: -float((c @ k[s]).detach()))[
+                    :window
+                ]
                 if t in order:
                     scores = torch.stack([keys[t] @ keys[s] for s in order])
                     total = total + torch.softmax(scores, 0) @ torch.stack([v[h] @ x[s] for s in order])

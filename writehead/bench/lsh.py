@@ -56,12 +56,12 @@ def _both(layer: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Case:
 def _ours(tokens: int) -> Callable[[Tensor], Tensor]:
     spec = {"name": "reformer", "heads": HEADS, "window": CHUNK, "rounds": ROUNDS, "buckets": buckets(tokens)}
     mixer = build(MIXERS, spec, dim=DIM)
-    return lambda x: mixer.whole(x, Positions.range(1, 0, tokens))[0]  # type: ignore[no-any-return]
+    return lambda x: mixer.whole(x, Positions.range(1, 0, tokens))[0]
 
 
 def _dense(tokens: int) -> Callable[[Tensor], Tensor]:
     mixer = build(MIXERS, {"name": "mha", "heads": HEADS}, dim=DIM)
-    return lambda x: mixer(x, Positions.range(1, 0, tokens))[0]  # type: ignore[no-any-return]
+    return lambda x: mixer(x, Positions.range(1, 0, tokens))[0]
 
 
 def _transformers(tokens: int) -> Callable[[Tensor], Tensor]:

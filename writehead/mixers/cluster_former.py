@@ -118,7 +118,7 @@ class ClusterFormer(nn.Module):
         parts = (t[row, token].flatten(0, 1) for t in (q, k, v))
         there = (at >= 0).flatten(0, 1)
         y, _ = attend(*parts, mask=there[:, None, None])
-        y = (y * there[..., None, None]).view(B, n * W, H, self.head_dim)
+        y = (y * there[..., None, None]).reshape(B, n * W, H, self.head_dim)
         index = token.flatten(1)[..., None, None].expand_as(y)
         total = torch.zeros_like(q).scatter_add(1, index, y)
         count = x.new_zeros(B, T).scatter_add(1, token.flatten(1), (at >= 0).flatten(1).to(x.dtype))
