@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from reference.routing import routed
+from reference.routing import picked, routed
 from torch.nn import functional as F
 
+from writehead.core.cache import Store
 from writehead.core.positions import Positions
 from writehead.core.replay import Tape
 from writehead.core.state import nbytes
@@ -14,6 +15,7 @@ from writehead.laws import check
 from writehead.mixers.routing import COMMIT, Routing
 from writehead.ops import centroids as ops
 from writehead.ops.centroids import Centroids, norm
+from writehead.ops.heaps import empty, take
 from writehead.ops.top_clusters import best, within
 from writehead.positions.rope import Rotary
 from writehead.stacks.reversible import Reversible
@@ -25,7 +27,9 @@ def make(**options) -> Routing:
 
 @pytest.mark.parametrize("law", ["split", "causal", "padding", "select"])
 @pytest.mark.parametrize(
-    "options", [{}, {"kv_heads": 1, "position": Rotary(4)}], ids=["shared", "one write-head"]
+    "options",
+    [{}, {"kv_heads": 1, "position": Rotary(4)}, {"mode": "running", "window": 2}],
+    ids=["shared", "one write-head", "running"],
 )
 def test_few_clusters_obey(options, law):
     verdict = check(make(**options), law, length=13)
@@ -50,6 +54,49 @@ def test_routed_heads_are_the_papers_equations(kv_heads):
         *(torch.autograd.grad((t * by).sum(), [x, *weights]) for t in ((y - local)[0], right)), strict=True
     ):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_running_clusters_are_the_papers_picked_from_every_prefix():
+    mixer = make(mode="running").double().eval()
+    paper = make(mode="paper").double().eval()
+    paper.load_state_dict(mixer.state_dict())
+    x = torch.randn(2, 30, 16, dtype=torch.float64)
+    with torch.no_grad():
+        y, state, _ = mixer(x, Positions.range(2, 0, 30))
+        for t in range(30):
+            z, _, _ = paper(x[:, : t + 1], Positions.range(2, 0, t + 1))
+            assert torch.allclose(z[:, -1], y[:, t], rtol=1e-12, atol=1e-12)
+        whole, _, _ = paper(x, Positions.range(2, 0, 30))
+    assert not torch.allclose(whole, y, atol=1e-3)  # what the paper trains is not what it decodes
+    assert nbytes(state) == mixer.state_bytes(2, 30, 8)
+
+
+def test_running_clusters_are_the_authors_decoder_token_by_token():
+    mixer = make(mode="running").double().eval()
+    x = torch.randn(19, 16, dtype=torch.float64, requires_grad=True)
+    y, _, _ = mixer(x[None], Positions.range(1, 0, 19))
+    local, _, _ = mixer.local(x[None], Positions.range(1, 0, 19))
+    weights = [mixer.qk.weight, mixer.v.weight]
+    heads = [part.view(-1, 4, 16) for part in weights]
+    right = picked(x, *heads, mixer.out.weight, mixer.centroids.means, 4)
+    assert torch.allclose((y - local)[0], right, rtol=1e-11, atol=1e-11)
+    by = torch.randn_like(right)
+    for a, b in zip(
+        *(torch.autograd.grad((t * by).sum(), [x, *weights]) for t in ((y - local)[0], right)), strict=True
+    ):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_of_equal_tokens_the_older_ones_stay():
+    q = k = v = torch.eye(5, dtype=torch.float64).view(1, 5, 1, 5)
+    score = torch.tensor([1.0, 2.0, 1.0, 2.0, 2.0], dtype=torch.float64).view(1, 5, 1, 1)
+    y, after = take(q, k, v, score, empty(1, 1, 1, 2, 5, Store(), q), scale=0.0, spare=0.0)
+    found = torch.nan_to_num(y[0, :, 0])
+    right = torch.zeros(5, 5, dtype=torch.float64)
+    right[0, 0], right[1, :2], right[3, [1, 3]] = 1, 0.5, 0.5
+    assert torch.equal(found, right)
+    assert torch.equal(after.v[0, 0, 0], v[0, [1, 3], 0])
+    assert after.score.flatten().tolist() == [2.0, 2.0]
 
 
 def test_centroids_move_to_their_members_and_padding_moves_none(monkeypatch):
@@ -102,7 +149,7 @@ def test_a_second_computation_neither_moves_centroids_nor_sees_them_moved():
     assert torch.equal(aux["routing_loss"], again["routing_loss"])
 
 
-@pytest.mark.parametrize("mode", ["nearest", "paper"])
+@pytest.mark.parametrize("mode", ["nearest", "running", "paper"])
 def test_a_reversible_stack_moves_each_centroid_once(mode):
     torch.manual_seed(0)
     stack = Reversible(16, [(make(mode=mode), Dense(16, hidden=8), None)])
@@ -113,7 +160,7 @@ def test_a_reversible_stack_moves_each_centroid_once(mode):
     assert torch.equal(stack.blocks[0].mixer.centroids.means, means)
 
 
-@pytest.mark.parametrize("mode", ["nearest", "paper"])
+@pytest.mark.parametrize("mode", ["nearest", "running", "paper"])
 def test_whole_is_forward_without_a_state(mode):
     mixer, x, pos = make(mode=mode).eval(), torch.randn(2, 12, 16), Positions.range(2, 0, 12)
     assert torch.equal(mixer.whole(x, pos)[0], mixer(x, pos)[0])
@@ -171,7 +218,9 @@ def test_the_papers_form_reads_no_later_token_but_depends_on_them():
     y, _, _ = mixer(x, Positions.range(1, 0, 40))
     z, _, _ = mixer(x[:, :30], Positions.range(1, 0, 30))
     assert int(((y[:, :30] - z).abs() > 1e-6).any(-1).sum()) > 3
-    with pytest.raises(ValueError, match=r'mode="paper" cannot decode: .*mode="nearest" decodes'):
+    with pytest.raises(
+        ValueError, match=r'mode="paper" cannot decode: .*mode="running" and "nearest" decode with'
+    ):
         mixer.init_state(1, x)
 
 
@@ -191,6 +240,10 @@ def test_work_of_one_token_does_not_grow_with_the_context():
         (
             {"mode": "paper", "kv_heads": 1},
             'mode="paper" has shared queries and keys: leave kv_heads out; got 1',
+        ),
+        (
+            {"mode": "running", "kv_heads": 1},
+            'mode="running" has shared queries and keys: leave kv_heads out; got 1',
         ),
     ],
 )

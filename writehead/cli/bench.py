@@ -21,6 +21,7 @@ for study in (
     studies.train,
     studies.scaling,
     studies.evidence,
+    studies.lsh,
     growth.crossover,
     growth.features,
     growth.toys,

@@ -198,3 +198,41 @@ def _long_training(
         path = out / f"{name or ('scaling-peers' if peers else 'scaling-model')}.json"
         write_record(path, "scaling", results, facts, seed=0)
         typer.echo(f"written: {path}", err=True)
+
+
+def lsh(
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=256, help="Lengths of our layer; default 4096 16384 65536.")
+    ] = None,
+    beside: Annotated[
+        int, typer.Option(min=256, help="Length of the comparison with other packages.")
+    ] = 16384,
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each case.")] = 3,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for lsh.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> None:
+    """LSH attention by length, beside other packages' layers and dense attention; what reversing costs."""
+    import torch
+
+    from writehead.bench import lsh as bench
+    from writehead.bench.measure import jsonable, write_record
+    from writehead.cli.output import print_json
+    from writehead.core.system import cores
+
+    torch.set_num_threads(threads or cores())
+    found = bench.measure(sorted(tokens or (4096, 16384, bench.LONGEST)), beside, rounds)
+    if as_json:
+        print_json(jsonable(found))
+    else:
+        for line in bench.lines(found):
+            typer.echo(line)
+    if out is not None:
+        shape = {
+            "dim": bench.DIM,
+            "heads": bench.HEADS,
+            "chunk": bench.CHUNK,
+            "rounds of hashes": bench.ROUNDS,
+        }
+        write_record(out / "lsh.json", "lsh", found, {**shape, "threads": threads or cores()}, seed=0)
+        typer.echo(f"written: {out / 'lsh.json'}", err=True)

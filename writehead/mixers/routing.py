@@ -4,11 +4,14 @@ Paper     Roy, Saffar, Vaswani, Grangier 2020, "Efficient Content-Based Sparse A
           Transformers", arXiv:2003.05997; its authors' code for what the paper leaves open
 Equation  c(x) = argmax_c norm(x) . mu_c; y_i = softmax over S_i of norm(q_i) . norm(k_j), S_i = i and the
           last `window` tokens j < i with c(k_j) = c(q_i); mu: moving averages of their members
-State     a ring of `window` keys and values for each centroid, and a window for the local heads
+State     `window` keys and values for each centroid, and a window for the local heads
 Cost      whole sequence O(T log T + T C D + T W D) a head; one token O((C + W) D)
 Decodes   exactly, centroids fixed; mode="paper" does not: who is in a cluster depends on later tokens
 Differs   the paper's centroids choose their `window` best tokens of the whole sequence (mode="paper": a token
-          may be in none or several clusters); here tokens choose their nearest centroid. Local heads have the
+          may be in none or several clusters); here tokens choose their nearest centroid, or, mode="running",
+          centroids choose the best tokens so far, which is what the authors' decoder computes. Those two
+          modes are for shared queries and keys: with keys of their own a centroid's queries and keys would
+          be two lists. Local heads have the
           model's positions in place of relative tables; there is no extra matrix on the head dimension. As in
           the authors' code scores of normalised queries and keys are not scaled. kv_heads: keys of their own,
           and centroids of each write-head
@@ -30,22 +33,23 @@ from writehead.core.shapes import check_choice, check_multiple, check_shape
 from writehead.core.work import Call, Work, products, values
 from writehead.mixer import Aux
 from writehead.mixers.softmax import Softmax
-from writehead.ops import bucket_rings
+from writehead.ops import bucket_rings, heaps
 from writehead.ops.attend import merge
 from writehead.ops.bucket_rings import Asked, Rings
 from writehead.ops.centroids import MOST_CLUSTERS, Centroids, norm
+from writehead.ops.heaps import Heaps
 from writehead.ops.top_clusters import best, within
 from writehead.positions.base import Scheme
 
-MODES = ("nearest", "paper")
+MODES = ("nearest", "running", "paper")
 COMMIT = 1e-4  # the authors' weight of the commitment loss
 
 
 class RoutingState(NamedTuple):
-    """The local heads' window and the routed heads' rings."""
+    """The local heads' window and the members of the routed heads' clusters."""
 
     local: KV
-    rings: Rings
+    members: Rings | Heaps
 
 
 class Routing(nn.Module):
@@ -77,7 +81,7 @@ class Routing(nn.Module):
             window: tokens of its cluster that a token reads; about the length over the clusters.
             local_heads: those that read a window; default half.
             local_window: its tokens, the query's own included.
-            mode: "nearest" or "paper".
+            mode: "nearest", "running" or "paper".
             position: the model's position scheme, of the local heads.
 
         Raises:
@@ -94,8 +98,8 @@ class Routing(nn.Module):
             raise ValueError(
                 f"clusters={clusters} must be from 1 to {MOST_CLUSTERS}, window={window} at least 1"
             )
-        if mode == "paper" and kv_heads is not None:
-            raise ValueError(f'mode="paper" has shared queries and keys: leave kv_heads out; got {kv_heads}')
+        if mode != "nearest" and kv_heads is not None:
+            raise ValueError(f'mode="{mode}" has shared queries and keys: leave kv_heads out; got {kv_heads}')
         D = head_dim or dim // heads
         self.heads, self.head_dim = heads - local, D
         self.shared, self.kv_heads = kv_heads is None, self.heads if kv_heads is None else kv_heads
@@ -112,15 +116,21 @@ class Routing(nn.Module):
 
     def init_state(self, batch: int, like: Tensor, store: Store = Store()) -> RoutingState:
         self._check_causal()
-        rings = bucket_rings.empty(
-            batch, 1, self.kv_heads, self.clusters, self.window, self.head_dim, store, like
-        )
-        return RoutingState(self.local.init_state(batch, like, store), rings)
+        size = (self.kv_heads, self.clusters, self.window, self.head_dim)
+        if self.mode == "running":
+            members: Rings | Heaps = heaps.empty(batch, *size, store, like)
+        else:
+            members = bucket_rings.empty(batch, 1, *size, store, like)
+        return RoutingState(self.local.init_state(batch, like, store), members)
 
     def state_bytes(self, batch: int, context: int, itemsize: int, store: Store = Store()) -> int:
         size = itemsize if store.dtype is None else store.dtype.itemsize
-        rings = bucket_rings.ring_bytes(1, self.kv_heads, self.clusters, self.window, self.head_dim, size)
-        return self.local.state_bytes(batch, context, itemsize, store) + batch * rings
+        shape = (self.kv_heads, self.clusters, self.window, self.head_dim, size)
+        if self.mode == "running":
+            held = heaps.heap_bytes(*shape, max(4, itemsize))
+        else:
+            held = bucket_rings.ring_bytes(1, *shape)
+        return self.local.state_bytes(batch, context, itemsize, store) + batch * held
 
     def work(self, call: Call) -> Work:
         D, H, G = self.head_dim, self.heads, self.kv_heads
@@ -149,14 +159,15 @@ class Routing(nn.Module):
             asked, means, aux = project(x, pos)
             if paper:
                 return near + out(self._paper(asked, means).flatten(2)), None, aux
-            rings = None if state is None else state.rings
-            if rings is not None and x.shape[1] == 1:
-                found = bucket_rings.step(asked, rings, window, 1.0, False)
+            members = self.init_state(len(x), x).members if state is None else state.members
+            if isinstance(members, Heaps):
+                y, members = self._running(asked, means, members)
+                return near + out(y.flatten(2)), RoutingState(kv, members), aux
+            if state is not None and x.shape[1] == 1:
+                found = bucket_rings.step(asked, members, window, 1.0, False)
             else:
-                found = bucket_rings.read(asked, rings, window, 1.0, False)
-            if rings is None:
-                rings = self.init_state(len(x), x).rings
-            state = RoutingState(kv, bucket_rings.write(asked, rings, window))
+                found = bucket_rings.read(asked, None if state is None else members, window, 1.0, False)
+            state = RoutingState(kv, bucket_rings.write(asked, members, window))
             return near + out(_with_own(*found, asked).flatten(2)), state, aux
 
         return run
@@ -172,6 +183,9 @@ class Routing(nn.Module):
         asked, means, aux = self._project(itself)(x, pos)
         if self.mode == "paper":
             y = self._paper(asked, means)
+        elif self.mode == "running":
+            start = heaps.empty(len(x), self.kv_heads, self.clusters, self.window, self.head_dim, Store(), x)
+            y, _ = self._running(asked, means, start)
         else:
             y = _with_own(*bucket_rings.read(asked, None, self.window, 1.0, False), asked)
         return near + self.out(y.flatten(2)), aux
@@ -206,14 +220,19 @@ class Routing(nn.Module):
         members = choose(self._best, asked.q, means, asked.pos)
         return within(*asked[:3], members, asked.pos, scale=1.0)
 
+    def _running(self, asked: Asked, means: Tensor, members: Heaps) -> tuple[Tensor, Heaps]:
+        score = self.centroids.score(asked.q.detach(), means)
+        score = score.masked_fill((asked.pos < 0)[..., None, None], -torch.inf)
+        return heaps.take(asked.q, asked.k, asked.v, score, members, scale=1.0)
+
     def _best(self, q: Tensor, means: Tensor, pos: Tensor) -> Tensor:
         return best(self.centroids.score(q, means), pos, self.window)
 
     def _check_causal(self) -> None:
         if self.mode == "paper":
             raise ValueError(
-                'mode="paper" cannot decode: its clusters depend on later tokens; mode="nearest" decodes '
-                "with the same weights"
+                'mode="paper" cannot decode: its clusters depend on later tokens; mode="running" and '
+                '"nearest" decode with the same weights'
             )
 
 
