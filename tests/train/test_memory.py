@@ -1,5 +1,6 @@
 """What a training step is predicted to hold: against the allocator's own events, and in itself."""
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -8,11 +9,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from writehead.bench.memory import TINY, _peak
+from writehead.catalog import MIXERS, Row, load
 from writehead.config import ModelConfig
+from writehead.laws import DIM, _shrunk
+from writehead.laws import TINY as TINY_ARGUMENTS
 from writehead.train import memory
 from writehead.train.memory import Peak, Setting, largest, plans, predict, preparation
 from writehead.train.rehearsal import Ledger, Rehearsal, Unforeseen
 
+WAVES = {"name": "sinusoidal"}
 SMALL: dict[str, Any] = {"vocab": 64, "dim": 32, "depth": 2, "mixer": {"name": "mha", "heads": 2}}
 
 
@@ -95,7 +100,7 @@ def test_reversible_plans_keep_what_both_stacks_have() -> None:
 
 
 def test_a_mixer_that_no_reversible_stack_takes_says_so() -> None:
-    found = plans(ModelConfig(**{**SMALL, "mixer": {"name": "luna", "heads": 2}}), Setting())
+    found = plans(ModelConfig(**{**SMALL, "mixer": {"name": "luna", "heads": 2}}, position=WAVES), Setting())
     assert "hands on" in found["reversible"]
     assert not isinstance(found["plain"], str)
 
@@ -103,7 +108,7 @@ def test_a_mixer_that_no_reversible_stack_takes_says_so() -> None:
 def test_settings_that_cannot_be_say_what_can() -> None:
     with pytest.raises(ValueError, match="batch=0 must be at least 1"):
         Setting(batch=0)
-    with pytest.raises(ValueError, match=r"unknown precision 'float16'.* \(accepted: float32, bfloat16\)"):
+    with pytest.raises(ValueError, match=r"unknown precision 'float16'.* \(accepted: bfloat16, float32\)"):
         Setting(precision="float16")
     with pytest.raises(ValueError, match="budget=0 must be at least 1 byte"):
         largest(ModelConfig(**SMALL), Setting(), 0)
@@ -135,3 +140,21 @@ def test_asking_numbers_that_are_not_there_is_refused() -> None:
         bool((torch.randn(5) > 0).any())
     with Rehearsal(Ledger()), pytest.raises(Unforeseen, match="depends on numbers"):
         (torch.randn(5) > 0).nonzero()
+
+
+def tiny(row: Row) -> ModelConfig:
+    takes = inspect.signature(load(row)).parameters
+    spec = {
+        "name": row.name,
+        **{k: v for k, v in TINY_ARGUMENTS.items() if k in takes},
+        **_shrunk(row.preset),
+    }
+    kind = "encoder" if row.decodes == "encode" else "decoder"
+    return ModelConfig(vocab=16, dim=DIM, depth=1, mixer=spec, position=WAVES, kind=kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "cross"])
+def test_every_mixer_of_the_catalog_can_be_rehearsed(name: str) -> None:
+    peak = predict(tiny(MIXERS[name]), Setting(2, 16))
+    assert 0 < peak.kept < peak.most - peak.fixed

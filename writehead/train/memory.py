@@ -5,8 +5,9 @@ and whatever the two passes keep and make. It is a sum over tensors; a process h
 what its allocator rounds up or keeps).
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import cast
@@ -163,13 +164,26 @@ def _rehearse(config: ModelConfig, setting: Setting) -> dict[str, int]:
         if phase == "backward":
             raise _Enough
 
-    with torch.random.fork_rng(devices=[]), Rehearsal(ledger):
+    with torch.random.fork_rng(devices=[]), _uncollected(), Rehearsal(ledger):
         step = preparation(config, setting)
         found["update"] = ledger.peak  # its first one, with all gradients there, holds as much as any
         found["fixed"] = ledger.peak = ledger.live
         with suppress(_Enough):
             step(after)
     return found
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector, which comes when it likes, from deciding what is still alive."""
+    gc.collect()
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 class _Enough(Exception):
