@@ -47,23 +47,6 @@ def test_the_loss_is_its_formula_token_by_token(smooth: float, z: float) -> None
     assert sums.right.item() == right
 
 
-@pytest.mark.parametrize(
-    "loss", [LossConfig(), LossConfig(label_smoothing=0.1, z_loss=0.01)], ids=["plain", "more"]
-)
-def test_a_loss_in_chunks_has_the_sums_and_gradients_of_the_whole(loss: LossConfig) -> None:
-    model, given = Decoder(ModelConfig.from_dict(DECODER)), batch()
-    found = []
-    for chunk in (0, 3):
-        model.zero_grad()
-        sums, _ = Objective(model, replace(loss, chunk=chunk))(given)
-        sums.loss.backward()
-        found.append((sums, [p.grad for p in model.parameters()]))
-    (whole, wanted), (chunked, grads) = found
-    assert chunked.right == whole.right
-    torch.testing.assert_close((chunked.loss, chunked.nll), (whole.loss, whole.nll))
-    torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-4)
-
-
 def test_pieces_of_a_batch_add_up_to_its_sums() -> None:
     objective, given = (
         Objective(Decoder(ModelConfig.from_dict(DECODER)).double(), LossConfig(z_loss=0.1)),
