@@ -1,7 +1,6 @@
 """The loss is what its formula says, whatever the pieces, and gradients do not depend on how they were saved."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest

@@ -132,6 +132,7 @@ def _translated(model: Seq2Seq, trainer: Trainer, piece: Piece) -> tuple[dict[st
     """ln PPL of the references and lower-cased BLEU, greedy and with the paper's beams of 4 and alpha 0.6."""
     results: dict[str, float] = {}
     facts: dict[str, Any] = {}
+    assert trainer.data.tokenizer is not None
     for name, beams in (("BLEU greedy", 1), ("BLEU beam 4", 4)):
         found = translation(
             model,
