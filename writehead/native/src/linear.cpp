@@ -20,13 +20,11 @@ constexpr int kFloatRows = 6, kFloatBlocks = 1, kByteRows = 2, kByteBlocks = 1;
 constexpr int kFloatRows = 3, kFloatBlocks = 1, kByteRows = 1, kByteBlocks = 1;
 #endif
 constexpr int kPanel = 128;      // inputs of a float panel, which stays in the first cache while tiles pass
-constexpr int kThinPanel = 256;  // of two tiles, which wait for memory
 constexpr int kCopied = 3;       // tiles from which bfloat16 weights are worth a copy in float32
 constexpr int kAhead = 4096;     // bytes
 constexpr int kBlockRows = 128;  // of x that several blocks of outputs read one after the other
 constexpr int kPieceBytes = 64 * 1024, kPieces = 16;  // the most bytes, the least pieces of a matrix: a few us each
 constexpr int kFew = 4;          // rows below which one block of outputs at a time is fastest
-constexpr int kThin = 2;         // tiles up to which two blocks of outputs at a time are fastest
 
 bool in_bytes(const wh_matrix& w) { return w.format == WH_INT8 || w.format == WH_INT4; }
 
@@ -175,20 +173,13 @@ void each_tile(const Tiles& tiles, const Area& area, const Body& body) {
     }
 }
 
-// Blocks of outputs that a tile takes at a time.
-int blocks_at_once(const wh_matrix& w, const Tiles& tiles) {
-    if (in_bytes(w)) return tiles.rows < 2 ? 1 : kByteBlocks;
-    return tiles.rows < kFew ? 1 : std::min(tiles.count > kThin ? kFloatBlocks : 2, kFloatBlocks);
-}
-
 template <class T>
 void multiply_float(const wh_matrix& w, const float* x, int rows, const Area& area, const Output& all) {
     const Tiles tiles(w, rows);
-    const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = blocks_at_once(w, tiles);
+    const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = rows < kFew ? 1 : kFloatBlocks;
     const bool copied = sizeof(T) < sizeof(float) && count >= kCopied;
-    const int panel_inputs = count > kThin ? kPanel : kThinPanel;
     const size_t stride = static_cast<size_t>(padded(w)) * kBlock;
-    const int panels = count > 1 ? std::max(1, (w.k + panel_inputs - 1) / panel_inputs) : 1;
+    const int panels = count > 1 ? std::max(1, (w.k + kPanel - 1) / kPanel) : 1;
     alignas(64) float copy[kFloatBlocks * kPanel * kBlock];
     for (int n = area.n0, blocks; n < area.n1; n += blocks * kBlock) {
         blocks = std::min(most, (area.n1 - n + kBlock - 1) / kBlock);
@@ -223,7 +214,7 @@ void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, const Are
     static constexpr auto wide = byte_tiles<F, kByteBlocks, true>(std::make_index_sequence<kByteRows>());
     static constexpr auto still = byte_tiles<F, kByteBlocks, false>(std::make_index_sequence<kByteRows>());
     const Tiles tiles(w, rows);
-    const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = blocks_at_once(w, tiles);
+    const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = rows < 2 ? 1 : kByteBlocks;
     const int groups = padded(w) / kGroup;
     const size_t bytes = static_cast<size_t>(groups) * group_bytes(F), scales = static_cast<size_t>(groups) * group_scales(F);
     for (int n = area.n0, blocks; n < area.n1; n += blocks * kBlock) {
@@ -276,7 +267,8 @@ Tiles::Tiles(const wh_matrix& w, int rows) : rows(rows) {
 }
 
 Pieces::Pieces(const wh_matrix& w, int rows, int step) : tiles_(w, rows), n_(w.n) {
-    const int least = std::lcm(step, blocks_at_once(w, tiles_) * kBlock);
+    const int wide = (in_bytes(w) ? kByteBlocks : rows < kFew ? 1 : kFloatBlocks) * kBlock;
+    const int least = std::lcm(step, wide);
     const int bits = w.format == WH_FLOAT32 ? 32 : w.format == WH_BFLOAT16 ? 16 : w.format == WH_INT8 ? 9 : 5;
     const int by_size = static_cast<int>(8L * kPieceBytes / (static_cast<long>(bits) * std::max(padded(w), 1)));
     outputs_ = std::max(std::min(by_size, w.n / kPieces) / least, 1) * least;
