@@ -138,6 +138,15 @@ def test_long_calls_go_piece_by_piece_with_the_same_result(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_a_later_piece_of_a_prompt_needs_no_mask_of_all_its_pairs(monkeypatch):
+    mixer, x = Softmax(16, heads=4, kv_heads=2).double(), torch.randn(2, 150, 16).double()
+    whole = mixer(x, Positions.range(2, 0, 150))[0]
+    _, state, _ = mixer(x[:, :60], Positions.range(2, 0, 60))
+    monkeypatch.setattr("writehead.mixers.softmax._mask", None)
+    later, _, _ = mixer(x[:, 60:], Positions.range(2, 60, 150), state)
+    torch.testing.assert_close(later, whole[:, 60:], rtol=1e-12, atol=1e-12)
+
+
 def test_a_call_with_no_state_is_a_call_with_the_empty_one():
     mixer, x = Softmax(8), torch.randn(2, 5, 8)
     pos = Positions.range(2, 0, 5)

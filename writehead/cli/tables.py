@@ -1,6 +1,7 @@
 """The tables of `bench` and `demo`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.table import Table
 
@@ -8,11 +9,33 @@ from writehead.bench.attention import Attention
 from writehead.bench.decode import Row
 from writehead.bench.heads import Shared
 from writehead.bench.kernels import Row as Product
+from writehead.bench.machine import Roofs
 from writehead.bench.neighbour import Beside
 from writehead.bench.plots import all_heads
 from writehead.bench.quality import Quality
 from writehead.bench.scaling import Growth, slopes
 from writehead.cli.output import size, table
+from writehead.decode.result import Timings
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one answer cost: the engine's name, the type of its weights, and the times."""
+
+    engine: str
+    dtype: str
+    timings: Timings
+
+
+def answers_table(answers: Sequence[Answer], limits: Roofs) -> Table:
+    """Speeds of an answer by engine and weights, and the share of the memory's speed that it reached."""
+    grid = table("engine", "weights", "prefill tokens/s", "decode tokens/s", "a token reads", "of bandwidth")
+    for answer in answers:
+        t = answer.timings
+        share = t.bandwidth / limits.bandwidth_at(int(t.bytes_per_token))
+        speeds = f"{t.prefill_rate:.0f}", f"{t.decode_rate:.1f}"
+        grid.add_row(answer.engine, answer.dtype, *speeds, size(t.bytes_per_token), f"{share:.0%}")
+    return grid
 
 
 def decode_table(rows: Sequence[Row]) -> Table:

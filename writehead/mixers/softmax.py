@@ -197,17 +197,16 @@ class View(NamedTuple):
     q: Tensor  # (B, T) positions
     k: Tensor  # (B, S) positions
     mask: Tensor | None  # None = all read all, or a triangle
-    causal: bool = False  # the keys are the new tokens, each reads itself and those before
+    causal: bool = False  # the last keys are the new tokens, each reads itself and those before
     whole: bool = True  # there is no other view
 
 
 def _views(pos: Positions, k_pos: Tensor, pattern: Pattern, biased: bool) -> list[View]:
     """The pieces in which a call goes over its queries; masks are made once and shared by the layers."""
     q_pos, everything = pos.index, slice(None)
-    in_order = k_pos is q_pos and (pos.start is not None or pos.in_place)
-    if in_order and pattern == Causal() and not biased:
-        return [View(everything, everything, q_pos, k_pos, None, causal=True)]
     T, S = q_pos.shape[1], k_pos.shape[1]
+    if pattern == Causal() and not biased and _in_order(pos, k_pos):
+        return [View(everything, everything, q_pos, k_pos, None, causal=True)]
     rows = max(16, SCORES // max(S, 1))
     if rows >= T:
         return [View(everything, everything, q_pos, k_pos, _mask(q_pos, k_pos, pattern))]
@@ -218,6 +217,16 @@ def _views(pos: Positions, k_pos: Tensor, pattern: Pattern, biased: bool) -> lis
         q, k = q_pos[:, t], k_pos[:, s]
         views.append(View(t, s, q, k, _mask(q, k, pattern), whole=False))
     return views
+
+
+def _in_order(pos: Positions, k_pos: Tensor) -> bool:
+    """Are the slots the tokens so far, one after the other, and the last of them the new ones?"""
+    if k_pos is pos.index:
+        return pos.start is not None or pos.in_place
+    T, S = pos.index.shape[1], k_pos.shape[1]
+    if T == 1 or pos.start is None or pos.start + T != S:
+        return False
+    return bool((k_pos == torch.arange(S, device=k_pos.device)).all())
 
 
 def _mask(q: Tensor, k: Tensor, pattern: Pattern) -> Tensor | None:

@@ -72,7 +72,15 @@ def attend(
         return _pieces(q, k, v, scale)
     if T == 1 or T < H // G * T <= FOLD:
         return _folded(q, k, v, _additive(mask, bias, causal, q, S), scale)
-    triangle = causal and T == S and mask is None and bias is None
+    causal_only = causal and mask is None and bias is None
+    if causal_only and T < S and not _graph(q, k, v):
+        past, new = slice(0, S - T), slice(S - T, S)
+        parts = (
+            attend(q, k[:, past], v[:, past], scale=scale),
+            attend(q, k[:, new], v[:, new], causal=True, scale=scale),
+        )
+        return merge(parts)
+    triangle = causal_only and T == S
     added = None if triangle else _additive(mask, bias, causal, q, S)
     y, lse = _flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), added, triangle, scale)
     return y.transpose(1, 2), lse.transpose(1, 2)
