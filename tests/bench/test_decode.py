@@ -15,10 +15,12 @@ from writehead.bench.neighbour import busy
 from writehead.bench.ours import NATIVE, TORCH, Ours, Scores, contestants, native_missing
 from writehead.bench.quality import judge, windows
 from writehead.config import ModelConfig
+from writehead.convert.load import save
 from writehead.core.cache import Store
 from writehead.core.system import own_seconds
 from writehead.decode.engine import TorchEngine
 from writehead.decode.generate import generate
+from writehead.model.blank import blank
 from writehead.model.decoder import Decoder
 
 CONFIG = ModelConfig(
@@ -92,6 +94,19 @@ def test_a_run_gives_a_row_for_each_engine_cell_and_type_and_judges_them_by_floa
     assert by[TORCH, "float32"].agreement == 1
     assert by[TORCH, "bfloat16"].agreement > 0.8
     assert by[TORCH, "bfloat16"].perplexity == pytest.approx(by[TORCH, "float32"].perplexity, rel=0.05)
+
+
+def test_a_model_in_files_is_measured_by_the_native_engine_without_its_weights_in_pytorch(model, tmp_path):
+    if (reason := native_missing(model)) is not None:
+        pytest.skip(f"no native engine here: {reason}")
+    save(model, tmp_path / "saved")
+    run = Run(blank(CONFIG), ["float32", "int8"], [Cell(1, 4)], rounds=1, source=tmp_path / "saved")
+    rows, _, _ = measure(run, ROOFS, lambda text: None)
+    assert [(row.engine, row.dtype) for row in rows] == [(NATIVE, "float32"), (NATIVE, "int8")]
+    assert all(row.timing.median > 0 and row.roof_s > 0 for row in rows)
+    (ours,) = run.ours("float32")
+    expected = generate(model, [IDS], max_new_tokens=6)[0].tokens
+    assert ours.greedy(IDS, 6) == expected
 
 
 def test_the_roofline_counts_weights_as_they_are_held_and_a_prefill_passes_one_token_through_the_head(model):

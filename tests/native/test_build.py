@@ -140,6 +140,34 @@ def test_a_wheel_built_with_a_compiler_holds_its_libraries_and_names_the_platfor
     assert libraries <= set(held)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["", "g++", "clang++"])
+def test_pip_installs_with_each_compiler_and_without_one(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("pip")
+    if name and not shutil.which(name):
+        pytest.skip(f"{name} is not installed")
+    copy, target, empty = tree(tmp_path), tmp_path / "target", tmp_path / "empty"
+    for path in (copy / "writehead/native/src").iterdir():
+        path.unlink()
+    (copy / "writehead/native/src/one.cpp").write_text(GOOD)  # the engine itself takes a minute
+    empty.mkdir()
+    hidden = {"CXX": name} if name else {"CXX": "", "PATH": str(empty)}
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--target", str(target)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", str(copy), *options],
+        cwd=tmp_path,
+        env=os.environ | hidden,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    libraries = {path.name for path in (target / "writehead/native").glob("*.so")}
+    assert libraries == ({f"libwritehead_{one}.so" for one in instruction_sets()} if name else set())
+    assert (target / "writehead/native/library.py").exists()
+
+
 @COMPILER
 @pytest.mark.slow
 def test_a_source_that_fails_does_not_stop_an_installation_unless_it_must_not(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .common import Rows, Scored, accepted, built, rows_of, scored
+from writehead.bench.peer_engines.common import Rows, Scored, accepted, built, rows_of, scored
 
 
 class CTranslate2:

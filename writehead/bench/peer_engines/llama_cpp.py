@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .common import Scored, accepted, built, rows_of, scored
-from .gguf_files import rewrite_gguf
+from writehead.bench.peer_engines.common import Scored, accepted, built, rows_of, scored
+from writehead.bench.peer_engines.gguf_files import rewrite_gguf
 
 
 class LlamaCpp:

@@ -4,8 +4,8 @@ import itertools
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .common import Rows, accepted, built, rows_of
-from .gguf_files import rewrite_gguf
+from writehead.bench.peer_engines.common import Rows, accepted, built, rows_of
+from writehead.bench.peer_engines.gguf_files import rewrite_gguf
 
 
 class OpenVINO:

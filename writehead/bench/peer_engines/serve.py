@@ -6,9 +6,11 @@ import importlib.util
 import json
 import os
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
+PACKAGE = "writehead.bench.peer_engines"
 OPERATIONS = ("dequantise", "prepare", "load", "prefill", "decode", "greedy", "score")
 
 
@@ -22,15 +24,18 @@ def answer(engine: Any, op: str, args: dict[str, Any]) -> Any:
 
 
 def engines() -> dict[str, type[Any]]:
-    """The table of this folder, which stands on no module path: its file names would hide the packages."""
-    folder = Path(__file__).parent
-    spec = importlib.util.spec_from_file_location("peer_engines", folder / "__init__.py")
+    """The table of this folder, found without the rest of writehead, which an engine's Python may not hold.
+
+    The folder itself stands on no module path: its file names would hide the engines' packages.
+    """
+    for name, folder in (("writehead", []), ("writehead.bench", []), (PACKAGE, [str(Path(__file__).parent)])):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = folder
+    spec = importlib.util.spec_from_file_location(PACKAGE, Path(__file__).with_name("__init__.py"))
     assert spec is not None
     assert spec.loader is not None
-    package = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = package
-    spec.loader.exec_module(package)
-    table: dict[str, type[Any]] = package.ENGINES
+    spec.loader.exec_module(sys.modules[PACKAGE])
+    table: dict[str, type[Any]] = sys.modules[PACKAGE].ENGINES
     return table
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .common import Scored, accepted, built, rows_of, scored
+from writehead.bench.peer_engines.common import Scored, accepted, built, rows_of, scored
 
 
 class Transformers:
