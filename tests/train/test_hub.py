@@ -10,6 +10,8 @@ from tests.train.small import TEXT, train, values, write
 from writehead.train.corpus import pairs, texts
 from writehead.train.hub import fetched
 
+# datasets pickles what it fingerprints, and its pickler warns of pyarrow's types
+pytestmark = pytest.mark.filterwarnings("ignore:Cannot (locate|pickle)")
 ROWS = [{"label": n % 2, "text": f"number {n} \u00fc", "score": 0.5} for n in range(6)]
 
 
