@@ -33,8 +33,8 @@ class DataConfig:
 
     Attributes:
         kind: "text" (a stream), "labelled" (texts and classes) or "parallel" (sources and targets).
-        train, valid: files, folders, "hf:NAME:SPLIT" or "stdlib" (Python's own sources); without `valid`
-            the last part of `train` is held out.
+        train, valid: files, folders, or "stdlib" (Python's own sources); without `valid` the last part of
+            `train` is held out.
         holdout: that part, as a share.
         fields: keys of JSONL lines: (text,), (label, text) or (source, target); () is those names.
         tokenizer: {"name": "bytes"}, {"name": "bpe", "vocab": 8192} or {"name": "folder", "path": ...}.
