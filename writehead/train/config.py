@@ -39,9 +39,8 @@ class DataConfig:
 
     Attributes:
         kind: "text" (a stream), "labelled" (texts and classes), "parallel" (sources and targets) or "image".
-        train, valid: files, folders, "hf:NAME:SPLIT" or "stdlib" (Python's own sources); without `valid`
-            the last part of `train` is held out. Images: FILE.npz:NAME, FILE.npy, pictures, or folders of
-            these.
+        train, valid: files, folders, or "stdlib" (Python's own sources); without `valid` the last part of
+            `train` is held out. Images: FILE.npz:NAME, FILE.npy, pictures, or folders of these.
         holdout: that part, as a share.
         fields: keys of JSONL lines: (text,), (label, text) or (source, target); () is those names.
         tokenizer: {"name": "bytes"}, {"name": "bpe", "vocab": 8192} or {"name": "folder", "path": ...}.
