@@ -148,7 +148,7 @@ REFUSED = [
     ({"stack": {"name": "axial_decoders", "image_width": 0}}, r"width=0\): width must be at least 1"),
     (
         {"kind": "encoder", "pixels": None, "position": {"name": "sinusoidal"}},
-        "the axial stack decodes; it serves decoders only",
+        "the axial_decoders stack decodes; it serves decoders only",
     ),
 ]
 
