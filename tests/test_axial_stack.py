@@ -23,7 +23,7 @@ CONFIG = {
     "depth": 6,
     "mixer": {"name": "axial", "heads": 2},
     "feedforward": {"name": "dense", "hidden": 12, "activation": "silu", "bias": True},
-    "stack": {"name": "axial", "image_width": W, "outer": 4},
+    "stack": {"name": "axial_decoders", "image_width": W, "outer": 4},
     "position": {"name": "grid", "shape": [H, W]},
     "pixels": {"name": "categorical", "height": H, "width": W, "levels": 4},
 }
@@ -142,13 +142,13 @@ REFUSED = [
     ({"mixer": {"name": "mha"}}, "the axial stack is made of one mixer, named 'axial'"),
     ({"mixer": ({"name": "axial"},)}, "the axial stack is made of one mixer"),
     ({"mixer": {"name": "axial", "axis": 1}}, "mixer.axis is the axial stack's to choose"),
-    ({"stack": {"name": "axial", "outer": 3}}, "outer=3 must be an even number of at least 2"),
-    ({"stack": {"name": "axial", "outer": 6}}, "outer=6 must be .* below the depth of 6"),
-    ({"stack": {"name": "axial", "dropout": 1.0}}, "dropout=1.0 must be from 0 up to 1"),
-    ({"stack": {"name": "axial", "image_width": 0}}, r"width=0\): width must be at least 1"),
+    ({"stack": {"name": "axial_decoders", "outer": 3}}, "outer=3 must be an even number of at least 2"),
+    ({"stack": {"name": "axial_decoders", "outer": 6}}, "outer=6 must be .* below the depth of 6"),
+    ({"stack": {"name": "axial_decoders", "dropout": 1.0}}, "dropout=1.0 must be from 0 up to 1"),
+    ({"stack": {"name": "axial_decoders", "image_width": 0}}, r"width=0\): width must be at least 1"),
     (
         {"kind": "encoder", "pixels": None, "position": {"name": "sinusoidal"}},
-        "the axial stack decodes; it serves decoders only",
+        "the axial_decoders stack decodes; it serves decoders only",
     ),
 ]
 

@@ -193,7 +193,7 @@ STACKS = _table(
         "pre-norm, post-norm or parallel residual blocks"),
     Row("reversible", "stacks.reversible:Reversible", "arXiv:2001.04451", "stack", "O(depth)", "O(depth)",
         "two streams from which inputs are found again: training memory does not grow with depth"),
-    Row("axial", "stacks.axial:Axial", "arXiv:1912.12180", "stack", "O(T sqrt T)", "O(S)",
+    Row("axial_decoders", "stacks.axial:Axial", "arXiv:1912.12180", "stack", "O(T sqrt T)", "O(S)",
         "images: an outer decoder over whole rows, an inner one along the row at hand",
         {"image_width": 32}),
 )  # fmt: skip

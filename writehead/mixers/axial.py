@@ -7,7 +7,7 @@ Equation  softmax attention along one axis of an image, row after row: axis 0 re
 State     masked axis 0: all keys and values, of which a step reads one column; masked axis 1: a ring of a row
 Cost      whole sequence O(T (height + width)) over the two axes: O(T sqrt T)
 Decodes   the masked forms exactly
-Differs   this is one layer along one axis; the paper's outer and inner decoders are the stack `axial`
+Differs   one layer along one axis; the paper's outer and inner decoders are the stack `axial_decoders`
 """
 
 from writehead.core.pattern import Axis, Block, Causal, Pattern, Strided
