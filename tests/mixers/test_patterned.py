@@ -207,7 +207,7 @@ MULTI_QUERY = {
     "longformer": lambda g=1: Longformer(16, heads=4, kv_heads=g, window=5, tokens=2, causal=True),
 }
 GROWS = {
-    "block": "O(W)", "image 1d": "O(W)", "image 2d": "O(W)", "longformer": "O(W)", "fixed": "O(S/W)",
+    "rows": "O(W)", "block": "O(W)", "image 1d": "O(W)", "image 2d": "O(W)", "longformer": "O(W)", "fixed": "O(S/W)",
     "fixed with parts": "O(S/W)",
 }  # fmt: skip
 
