@@ -65,6 +65,7 @@ SUBJECTS: Mapping[str, Subject] = {
     "transformer_xl": _of("transformer_xl"),
     "sliding_xl": _of("sliding_xl"),
     "compressive": _of("compressive"),
+    "most_used": _of("most_used"),
     "long_short": _of("long_short"),
     "synthesizer_dense": _long("synthesizer_dense", pair_bytes=24),
     "synthesizer_random": _long("synthesizer_random", pair_bytes=24),
