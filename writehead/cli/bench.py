@@ -19,7 +19,7 @@ command = typer.Typer(
 )
 for study in (studies.train, studies.scaling, studies.evidence):
     command.command(study.__name__)(study)
-for study in (growth.crossover, growth.features, growth.toys, growth.memory):
+for study in (growth.crossover, growth.features, growth.toys, growth.segments):
     command.command(study.__name__)(study)
 QUICK = "float32, two cells, small grid, three rounds: under two minutes."
 RANDOM = "random-1b"

@@ -108,7 +108,7 @@ def toys(
     write_record(out / "toys.json", "toys", found, {"chance": 1 / tasks.SYMBOLS}, seed=0)
 
 
-def memory(
+def segments(
     data: Annotated[Path, typer.Argument(help="A text, plain or gzip, such as tinyshakespeare.txt.gz.")],
     out: Annotated[Path, typer.Option(help=OUT)] = Path("benchmarks/results"),
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of a run.")] = 1000,

@@ -208,7 +208,7 @@ class MostUsed(nn.Module):
 
 def most_read(attention: Tensor, count: int) -> Tensor:
     """The places (B, count) of the largest values of each row (B, L), in order; the earlier of equal ones."""
-    order = attention.argsort(1, descending=True, stable=True)
+    order = attention.sort(dim=1, descending=True, stable=True).indices
     return order[:, :count].sort(1).values
 
 
