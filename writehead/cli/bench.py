@@ -19,8 +19,8 @@ command = typer.Typer(
 )
 for study in (studies.train, studies.scaling, studies.evidence):
     command.command(study.__name__)(study)
-for study in (growth.crossover, growth.features, growth.toys, growth.segments):
-    command.command(study.__name__)(study)
+for of_length in (growth.crossover, growth.features, growth.toys, growth.segments):
+    command.command(of_length.__name__)(of_length)
 QUICK = "float32, two cells, small grid, three rounds: under two minutes."
 RANDOM = "random-1b"
 MODEL = f"smollm2, a model folder, a FILE.gguf, or {RANDOM}: a Llama of a billion random weights."
