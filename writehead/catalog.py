@@ -132,6 +132,8 @@ MIXERS = _table(
         {"segment": None}),
     Row("compressive", "mixers.compressive:Compressive", "arXiv:1911.05507", "recurrence", "O(T W)", "O(W)",
         "Transformer-XL whose oldest memories are compressed and kept for longer"),
+    Row("most_used", "mixers.most_used:MostUsed", "arXiv:1911.05507", "recurrence", "O(T W)", "O(W)",
+        "Transformer-XL that keeps, of what leaves its memory, the tokens that were read most"),
     Row("long_short", "mixers.long_short:LongShort", "arXiv:2107.02192", "low rank", "O(T^2 / C)",
         "O(S)", "a window of tokens and a few summaries of every earlier chunk, in one softmax"),
     Row("linformer", "mixers.linformer:Linformer", "arXiv:2006.04768", "low rank", "O(T R)", "encode",

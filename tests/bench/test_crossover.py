@@ -75,6 +75,7 @@ def test_a_hopeless_series_stops_and_says_why(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["linear", "transformer_xl", "sliding_xl", "compressive", "long_short_encoder"]
 )
@@ -83,6 +84,7 @@ def test_bytes_of_both_passes_grow_no_faster_than_the_sequence(name):
     assert long < 2.15 * short
 
 
+@pytest.mark.slow
 def test_every_mechanism_decodes_and_trains_at_a_short_length():
     with torch.random.fork_rng():
         for name, subject in SUBJECTS.items():

@@ -36,8 +36,9 @@ SMALL = {  # windows that fill within a few tokens
     "luna": {"slots": 3},
     "long_short": {"window": 4, "chunk": 3, "rank": 2},
     "compressive": {"segment": 2, "memory": 4, "compressed": 3},
+    "most_used": {"segment": 2, "memory": 4, "compressed": 3},
 }
-SEEDS = {"transformer_xl": 9, "sliding_xl": 9}  # whose texts do not end at once
+SEEDS = {"transformer_xl": 9, "sliding_xl": 9, "most_used": 9}  # whose texts do not end at once
 CAUSAL = [name for name, row in MIXERS.items() if row.decodes not in ("encode", "O(1)")]
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1], [2, 3]]
 

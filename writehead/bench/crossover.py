@@ -65,6 +65,7 @@ SUBJECTS: Mapping[str, Subject] = {
     "transformer_xl": _of("transformer_xl"),
     "sliding_xl": _of("sliding_xl"),
     "compressive": _of("compressive"),
+    "most_used": _of("most_used"),
     "long_short": _of("long_short"),
     "synthesizer_dense": _long("synthesizer_dense", pair_bytes=24),
     "synthesizer_random": _long("synthesizer_random", pair_bytes=24),
@@ -134,7 +135,7 @@ def _forward(mixer: Any, x: torch.Tensor, causal: bool) -> torch.Tensor:
     else:
         y, state, aux = mixer(x, pos)
         detach(state)
-    return y + sum(value.mean() for name, value in aux.items() if name == "reconstruction")
+    return y + aux["reconstruction"] if "reconstruction" in aux else y
 
 
 def _train(mixer: nn.Module, tokens: int, causal: bool) -> float:
@@ -152,7 +153,8 @@ def train_cell(name: str, tokens: int) -> Cell:
     """Time of both passes over a row of `tokens`."""
     mixer, causal = make(name, tokens), SUBJECTS[name].causal
     _train(mixer, min(tokens, 256), causal)
-    firsts, both = [], []
+    firsts: list[float] = []
+    both: list[float] = []
     while len(both) < ROUNDS and (not both or sum(both) < LONG_S):
         start = time.perf_counter()
         firsts.append(_train(mixer, tokens, causal))

@@ -3,8 +3,8 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from writehead.bench.crossover import (
     DENSE,
@@ -43,15 +43,12 @@ more is flat where its slope is 0.
 
 def read(folder: Path, without: str = "") -> list[Cell]:
     """The cells of all records in a folder but one; of two of the same cell the later file's counts."""
-    names = {field.name for field in fields(Cell)}
     found: dict[tuple[str, int, str], Cell] = {}
     for path in sorted(folder.glob("crossover-*.json")):
         if path.name == without:
             continue
         for values in json.loads(path.read_text(encoding="utf-8"))["results"]:
-            given = {
-                key: math.nan if value is None else value for key, value in values.items() if key in names
-            }
+            given: dict[str, Any] = {k: math.nan if v is None else v for k, v in values.items()}
             cell = Cell(**given)
             found[cell.name, cell.tokens, cell.part] = cell
     return sorted(found.values(), key=lambda c: (list(SUBJECTS).index(c.name), c.part, c.tokens))

@@ -117,7 +117,7 @@ def train(model: Decoder, text: Tensor, steps: int, peak: float = 3e-3) -> float
             x, state, aux = model.hidden(tokens, state)
             loss = F.cross_entropy(model.logits(x).flatten(0, 1), targets.flatten())
             optimiser.zero_grad()
-            (loss + sum(aux.values())).backward()  # type: ignore[no-untyped-call]
+            (loss + sum(aux.values())).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimiser.step()
             state, step = detach(state), step + 1

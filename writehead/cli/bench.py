@@ -25,12 +25,12 @@ for study in (
     growth.crossover,
     growth.features,
     growth.toys,
-    growth.segment_memory,
+    growth.segments,
     memory_studies.memory,
     memory_studies.million,
     memory_studies.duplication,
 ):
-    command.command(study.__name__.replace("_", "-"))(study)
+    command.command(study.__name__)(study)
 QUICK = "float32, two cells, small grid, three rounds: under two minutes."
 RANDOM = "random-1b"
 MODEL = f"smollm2, a model folder, a FILE.gguf, or {RANDOM}: a Llama of a billion random weights."

@@ -108,7 +108,7 @@ def toys(
     write_record(out / "toys.json", "toys", found, {"chance": 1 / tasks.SYMBOLS}, seed=0)
 
 
-def segment_memory(
+def segments(
     data: Annotated[Path, typer.Argument(help="A text, plain or gzip, such as tinyshakespeare.txt.gz.")],
     out: Annotated[Path, typer.Option(help=OUT)] = Path("benchmarks/results"),
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of a run.")] = 1000,
@@ -117,6 +117,8 @@ def segment_memory(
     only: Annotated[list[str] | None, typer.Option(help="Models; default all.")] = None,
 ) -> None:
     """Does memory help? Transformer-XL with and without it, and a Compressive Transformer, on one text."""
+    import torch
+
     from writehead.bench import segment_memory
     from writehead.bench.measure import write_record
     from writehead.cli.output import say
@@ -124,6 +126,7 @@ def segment_memory(
 
     for each in only or ():
         check_choice("model", each, segment_memory.CASES)
+    torch.set_num_threads(1)  # products are too small for more
     text = segment_memory.read(data)
     found: list[dict[str, object]] = []
     about = {"data": data.name, **segment_memory.ABOUT, "steps": steps, "held_out": held_out}

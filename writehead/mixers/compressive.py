@@ -7,8 +7,8 @@ State     keys and values of L + M tokens and of M_c + (M + L) / C slots, hidden
 Cost      whole sequence O(T (L + M + M_c) H D); one token O((L + M + M_c) H D); reach M + C M_c a layer
 Decodes   exactly: segments begin at absolute multiples of L, so calls may be cut anywhere
 Differs   a segment is compressed when it is whole and read once it has left m, which gives the paper's
-          function and spares the hidden states of m; distances count slots, as in the paper; no
-          most-used compression; the reconstruction loss is a mean over queries and channels
+          function and spares the hidden states of m; distances count slots, as in the paper;
+          most-used compression is `most_used`; the reconstruction loss is a mean over queries and channels
 """
 
 from collections.abc import Callable

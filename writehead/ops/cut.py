@@ -4,7 +4,7 @@ The gradient of an ordinary slice is as long as the whole sequence, so slicing i
 of its length in the backward pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,11 @@ class _Cut(torch.autograd.Function):
         return found, None
 
 
+_cut: Callable[..., tuple[Tensor, ...]] = _Cut.apply
+
+
 def cut(t: Tensor, runs: Sequence[slice]) -> Sequence[Tensor]:
     """t (B, T, ...) cut into runs of its tokens, which may overlap: (B, length of the run, ...) each."""
     if len(runs) == 1 or not (torch.is_grad_enabled() and t.requires_grad):
         return [t[:, run] for run in runs]
-    pieces: tuple[Tensor, ...] = _Cut.apply(t, runs)
-    return pieces
+    return _cut(t, runs)
