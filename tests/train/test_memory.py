@@ -100,7 +100,10 @@ def test_reversible_plans_keep_what_both_stacks_have() -> None:
 
 
 def test_a_mixer_that_no_reversible_stack_takes_says_so() -> None:
-    found = plans(ModelConfig(**{**SMALL, "mixer": {"name": "luna", "heads": 2}}, position=WAVES), Setting())
+    config = ModelConfig(
+        **{**SMALL, "mixer": {"name": "luna_encoder", "heads": 2}}, position=WAVES, kind="encoder"
+    )
+    found = plans(config, Setting())
     assert "hands on" in found["reversible"]
     assert not isinstance(found["plain"], str)
 
