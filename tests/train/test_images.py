@@ -67,7 +67,7 @@ def test_a_picture_in_colour_has_three_channels(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ("nowhere.npz:x", "there is no .*nowhere.npz:x.*; give FILE.npz:NAME"),
+    ("nowhere.npz:x", "there is no '.*; give FILE.npz:NAME, FILE.npy, or a folder of images"),
     ("images.npz", r"holds 2 arrays of images \(x_train, x_test\); name one: images.npz:NAME"),
     ("images.npz:y", r"has no array 'y' \(it has x_train, x_test, labels\)"),
     ("images.npz:labels", r"holds uint8 of shape \(40,\); expected uint8 of shape \(N, 3, 4, 1\)"),

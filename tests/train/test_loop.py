@@ -161,7 +161,7 @@ def test_a_folder_without_one_whole_checkpoint_is_not_resumed(tmp_path: Path) ->
     [
         ({"loop": {"accumulate": 3}}, r"data.batch=4 rows do not divide into 1 processes x loop.accumulate=3 pieces; nearest is 3"),
         ({"loop": {"carry_state": True}}, r"loop.carry_state needs states that do not grow; layer 0's grows"),
-        ({"model": {"vocab": 100}}, r"model.vocab=100 is below the tokenizer's 259 tokens"),
+        ({"model": {"vocab": 100}}, r"model.vocab=100 is below the data's 259 tokens"),
         ({"model": {"dpth": 3}}, r"model: unknown config key 'dpth'; did you mean 'depth'"),
         ({"model": {"mixer": {"name": "mqb"}}}, r"unknown system 'mqb'"),
     ],

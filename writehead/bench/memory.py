@@ -152,7 +152,7 @@ def _cells(
 ) -> list[tuple[Cell, ModelConfig, Setting]]:
     found = []
     for plan, way in plans(config, setting).items():
-        if plan in wanted and not isinstance(way, str):
+        if plan in wanted:
             size = (config.depth, setting.batch, setting.length)
             found.append((Cell(name, plan, *size, predict(*way).most), *way))
     return found
@@ -206,7 +206,7 @@ def bert_table(
     found = []
     for length in lengths:
         for plan, way in plans(config, Setting(1, length)).items():
-            if plan in wanted and not isinstance(way, str):
+            if plan in wanted:
                 batch, peak = largest(*way, budget)
                 say(f"{length} tokens, {plan}: {batch} rows, {peak.most:,} bytes")
                 found.append(Fit(plan, length, batch, peak))
@@ -218,7 +218,6 @@ def bert_small(budget: int = 60 * 10**6, lengths: Sequence[int] = (64, 512), say
     config, found = bert(dim=64, vocab=1024), []
     for fit in bert_table(budget, lengths, config, say=say):
         way = plans(config, Setting(max(1, fit.batch), fit.length))[fit.plan]
-        assert not isinstance(way, str)
         size = (config.depth, way[1].batch, fit.length)
         cell = Cell("BERT, width 64", fit.plan, *size, predict(*way).most)
         found.append(replace(fit, measured=run([(cell, *way)], say)[0]))

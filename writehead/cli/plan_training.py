@@ -47,9 +47,6 @@ def report(
 
     found: dict[str, Any] = {}
     for name, way in plans(config, setting).items():
-        if isinstance(way, str):
-            found[name] = {"error": way}
-            continue
         try:
             found[name] = asdict(predict(*way))
             if budget is not None:

@@ -38,7 +38,7 @@ class Labels(nn.Module):
         self.clip = clip
         self.vectors = nn.Parameter(torch.empty(heads, 2 * clip + 3, head_dim))
         self.biases = nn.Parameter(torch.zeros(heads, 2 * clip + 3))
-        nn.init.trunc_normal_(self.vectors, std=head_dim**-0.5)
+        nn.init.normal_(self.vectors, std=head_dim**-0.5)
 
     def forward(self, q: Tensor) -> Tensor:
         """q (B, T, H, D) -> (B, T, H, labels)."""

@@ -92,6 +92,7 @@ class Categorical(nn.Module):
 
     norm = None
     bias = None
+    types = None
 
     def __init__(
         self,

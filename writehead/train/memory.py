@@ -199,25 +199,19 @@ def _continued(lengths: Sequence[int], values: Sequence[int], length: int) -> in
     return round(straight + (bend * (length - x1) * (length - x2) if bend * x2 > 0.1 * last else 0))
 
 
-def plans(config: ModelConfig, setting: Setting) -> dict[str, tuple[ModelConfig, Setting] | str]:
-    """The ways to train a model in less memory: of each of `PLANS` the config and setting, or why not.
+def plans(config: ModelConfig, setting: Setting) -> dict[str, tuple[ModelConfig, Setting]]:
+    """The ways to train a model in less memory: the config and setting of each of `PLANS`.
 
     A reversible stack is pre-norm, so a post-norm or parallel model becomes another one of the same size.
     """
-    plain = _restacked(config, "residual")
-    found: dict[str, tuple[ModelConfig, Setting] | str] = {
+    plain, turned = _restacked(config, "residual"), _restacked(config, "reversible")
+    chunked = replace(setting, chunk=setting.chunk or CHUNK)
+    return {
         "plain": (plain, setting),
         "checkpointed": (plain, replace(setting, recompute=True)),
+        "reversible": (turned, setting),
+        "reversible chunked": (_chunked(turned), chunked),
     }
-    turned = _restacked(config, "reversible")
-    try:
-        blank(turned)
-    except ValueError as error:
-        return {**found, **dict.fromkeys(PLANS[2:], str(error))}
-    chunked = replace(setting, chunk=setting.chunk or CHUNK)
-    found["reversible"] = (turned, setting)
-    found["reversible chunked"] = (_chunked(turned), chunked)
-    return found
 
 
 def _restacked(config: ModelConfig, name: str) -> ModelConfig:

@@ -99,15 +99,6 @@ def test_reversible_plans_keep_what_both_stacks_have() -> None:
     assert found["checkpointed"][1].recompute
 
 
-def test_a_mixer_that_no_reversible_stack_takes_says_so() -> None:
-    config = ModelConfig(
-        **{**SMALL, "mixer": {"name": "luna_encoder", "heads": 2}}, position=WAVES, kind="encoder"
-    )
-    found = plans(config, Setting())
-    assert "hands on" in found["reversible"]
-    assert not isinstance(found["plain"], str)
-
-
 def test_settings_that_cannot_be_say_what_can() -> None:
     with pytest.raises(ValueError, match="batch=0 must be at least 1"):
         Setting(batch=0)
