@@ -29,7 +29,7 @@ def close(a, b, tolerance=1e-12):
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(("H", "G"), HEADS)
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 5), (4, 4), (2, 5), (70, 83)])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 5), (4, 4), (2, 5), (20, 23)])
 def test_plain_and_causal_attention_is_the_reference(T, S, H, G, exact):
     q, k, v = inputs(2, T, S, H, G)
     for causal in (False, True):
