@@ -25,7 +25,9 @@ from writehead.ops.scan_chunks import Rule
 
 SUM = Rule(1e-10, floor=False)
 SOURCE = Path(__file__).parent / "causal_product.cpp"
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-shared")
+# not -ffast-math: a library made with it turns small numbers to 0 in the whole process that loads it
+REORDER = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+FLAGS = ("-O3", "-march=native", *REORDER, "-fopenmp", "-fPIC", "-shared")
 
 
 def peers(tokens: int, rounds: int, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
