@@ -223,11 +223,14 @@ def _views(pos: Positions, k_pos: Tensor, pattern: Pattern, biased: bool) -> lis
 
 
 def _in_order(pos: Positions, k_pos: Tensor) -> bool:
-    """Are the slots the tokens so far, one after the other, and the last of them the new ones?"""
+    """Are the slots the tokens so far, one after the other, and the last of them the new ones?
+
+    With a graph a past needs the mask, which the layers then share.
+    """
     if k_pos is pos.index:
         return pos.start is not None or pos.in_place
     T, S = pos.index.shape[1], k_pos.shape[1]
-    if T == 1 or pos.start is None or pos.start + T != S:
+    if T == 1 or torch.is_grad_enabled() or pos.start is None or pos.start + T != S:
         return False
     return bool((k_pos == torch.arange(S, device=k_pos.device)).all())
 
