@@ -23,7 +23,7 @@ ROWS = [row for table in (MIXERS, FEEDFORWARDS, POSITIONS, STACKS, PIXELS) for r
 ROOMS = (
     ("version",),
     ("core",),
-    ("mixer", "catalog", "ops"),
+    ("mixer", "stack", "catalog", "ops"),
     ("positions", "config"),
     ("mixers", "feedforward"),
     ("stacks",),

@@ -17,7 +17,6 @@ from typing import Any, Protocol, cast
 
 from writehead.catalog import FEEDFORWARDS, argument
 from writehead.config import ModelConfig
-from writehead.core.cache import KV, Layout, Store
 from writehead.core.work import Call, Work, values
 from writehead.mixers.cross import Cross
 from writehead.model.blank import blank
@@ -127,20 +126,9 @@ def state_bytes(model: Decoder | Seq2Seq, call: Call) -> int:
     decoder = model.decoder if isinstance(model, Seq2Seq) else model
     context = call.context + call.tokens
     total = 8 * call.batch  # the position of each row's next token
-    if hasattr(decoder.stack, "state_bytes"):
-        return total + int(decoder.stack.state_bytes(call.batch, context, call.itemsize, call.store))  # type: ignore[operator]
-    layouts: list[Layout] = []
-    for block in _blocks(decoder):
-        mixer = cast(Any, block.mixer)
-        total += mixer.state_bytes(call.batch, context, call.itemsize, call.store)
-        if block.cross is not None:
-            total += cast(Cross, block.cross).memory_bytes(call)
-        empty = mixer.init_state(1, decoder.embedding.table, Store(slack=call.store.slack))
-        if isinstance(empty, KV):
-            layouts.append(empty.layout)
-    for layout in set(layouts):  # layers of one layout share the positions of their slots
-        total -= (layouts.count(layout) - 1) * 8 * call.batch * layout.slots(context, call.store.capacity)
-    return total
+    total += decoder.stack.state_bytes(call.batch, context, call.itemsize, call.store)  # type: ignore[operator]
+    crosses = (cast(Cross, block.cross) for block in _blocks(decoder) if block.cross is not None)
+    return int(total + sum(cross.memory_bytes(call) for cross in crosses))
 
 
 def match_ffn_width(config: ModelConfig, like: ModelConfig) -> int:

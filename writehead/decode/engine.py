@@ -148,10 +148,7 @@ class TorchEngine:
     def state_bytes(self, rows: int, context: int, store: Store) -> int:
         """As `Engine.state_bytes`."""
         itemsize, stack = self.decoder.embedding.table.itemsize, self.decoder.stack
-        if hasattr(stack, "state_bytes"):
-            return 8 * rows + int(stack.state_bytes(rows, context, itemsize, store))  # type: ignore[operator]
-        layers = [block.mixer.state_bytes(rows, context, itemsize, store) for block in self.decoder.blocks]
-        return 8 * rows + int(sum(layers))
+        return 8 * rows + int(stack.state_bytes(rows, context, itemsize, store))  # type: ignore[operator]
 
     def memory_bytes(self, sources: int, length: int) -> int:
         """As `Engine.memory_bytes`."""

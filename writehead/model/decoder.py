@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from writehead.config import ModelConfig
 from writehead.core.bind import Of, itself
-from writehead.core.cache import Store, share_positions
+from writehead.core.cache import Store
 from writehead.core.positions import advance
 from writehead.core.shapes import check_shape
 from writehead.core.state import Node, Once, State, apply, join, rewind, select, tensors
@@ -24,8 +24,8 @@ class DecodeState(Node):
 
     Attributes:
         pos: (B,) the position of each row's next token.
-        layers: for each layer the mixer's state and the memory that its cross-attention reads (or None);
-            the stack's own state where the stack has one.
+        layers: the stack's state: for each layer the mixer's and the memory that its cross-attention reads
+            (or None), unless the stack says otherwise.
     """
 
     pos: Tensor
@@ -82,10 +82,7 @@ class Decoder(nn.Module):
         """
         like = self.embedding.table
         pos = torch.zeros(batch, dtype=torch.int64, device=like.device)
-        if hasattr(self.stack, "init_state"):
-            return DecodeState(pos, self.stack.init_state(batch, like, store))  # type: ignore[operator]
-        own = share_positions([block.mixer.init_state(batch, like, store) for block in self.blocks])
-        return DecodeState(pos, tuple(zip(own, memories or (None,) * len(own), strict=True)))
+        return DecodeState(pos, self.stack.init_state(batch, like, store, memories))  # type: ignore[operator]
 
     @property
     def blocks(self) -> Iterator[Any]:

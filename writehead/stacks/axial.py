@@ -108,8 +108,10 @@ class Axial(nn.Module):
         kinds += [(1, True)] * (config.depth - outer)
         return [{**spec, "image_width": width, "axis": axis, "causal": causal} for axis, causal in kinds]
 
-    def init_state(self, batch: int, like: Tensor, store: Store = Store()) -> AxialState:
-        """The empty past of `batch` rows."""
+    def init_state(
+        self, batch: int, like: Tensor, store: Store = Store(), memories: None = None
+    ) -> AxialState:
+        """The empty past of `batch` rows; there is no cross-attention, so there are no memories."""
         columns, rows = (
             tuple(share_positions([block.mixer.init_state(batch, like, store) for block in part]))  # type: ignore[union-attr, operator]
             for part in (self.blocks[1 : self.outer : 2], self.blocks[self.outer :])

@@ -20,6 +20,7 @@ from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice
 from writehead.core.state import State
 from writehead.mixer import NOTHING, Aux
+from writehead.stack import Layers
 
 NORMS = ("rms", "layer", "layer_no_bias")
 
@@ -112,7 +113,7 @@ class Block(nn.Module):
         return F.dropout(y, self.dropout) if self.training and self.dropout else y
 
 
-class Residual(nn.Module):
+class Residual(Layers):
     """Blocks one after the other, then a last norm."""
 
     def __init__(

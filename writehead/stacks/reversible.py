@@ -24,6 +24,7 @@ from writehead.core.shapes import check_choice
 from writehead.core.state import State
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.couplings import Branch, Coupling, Drift, plain, reversible
+from writehead.stack import Layers
 from writehead.stacks.residual import make_norm, merge_aux
 
 OUTPUTS = ("mean", "concat")
@@ -86,7 +87,7 @@ class Pair(nn.Module):
         return run
 
 
-class Reversible(nn.Module):
+class Reversible(Layers):
     """Layers one after the other, then a last norm.
 
     Attributes:
