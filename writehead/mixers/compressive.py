@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from writehead.core.bind import Of, itself
 from writehead.core.cache import KV, Keys, Layout, Store, empty, state_bytes
-from writehead.core.chunks import Open, between, close, open_bytes, opened, run_between, summarise
+from writehead.core.chunks import Open, close, open_bytes, opened, runs_between, summarise
 from writehead.core.heads import QKV
 from writehead.core.pattern import Reach
 from writehead.core.positions import Positions
@@ -28,7 +28,7 @@ from writehead.core.shapes import check_choice, check_multiple
 from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.softmax import View, _views
-from writehead.mixers.transformer_xl import cut_views, distances, projections
+from writehead.mixers.transformer_xl import apart, cut_views, projections
 from writehead.ops.attend import attend, merge
 from writehead.ops.cut import cut
 from writehead.positions.relative import Relative
@@ -181,10 +181,11 @@ class Compressive(nn.Module):
             views = pos.once(_views, pos, near.pos, pattern, True)
             runs = pos.once(_old, pos, near.pos, far.pos, pattern, per_block, most)
             old = (cut(far.k, runs), cut(far.v, runs))
-            parts = zip(views, runs, *cut_views(views, q, near), *old, strict=True)
-            for view, run, one, k, val, *slots in parts:
+            lies = pos.once(apart, pos, near.pos, pattern)
+            parts = zip(views, lies, runs, *cut_views(views, q, near), *old, strict=True)
+            for view, distance, run, one, k, val, *slots in parts:
                 placed, read = (one + v) * scale, one + u
-                bias = relative(placed, pos.once(distances, view.q, view.k), pos)
+                bias = relative(placed, distance, pos)
                 part = attend(read, k, val, mask=view.mask, bias=bias, scale=scale, exact=exact)
                 mask, away = _slots(view.q, far.pos[:, run], pattern, per_block, most)
                 if bool(mask.any()):
@@ -240,11 +241,13 @@ def _errors(q: Tensor, slots: Keys, tokens: Keys, asked: Tensor, scale: float) -
         if len(real):
             queries.append(slice(first, first + PIECE))
             spans.append((int(real.min()), int(real.max()) + 1))
-    runs, total = [run_between(slots.pos, *span) for span in spans], q.new_zeros(())
-    pieces = zip(queries, spans, runs, cut(slots.k, runs), cut(slots.v, runs), strict=True)
-    for t, span, run, k, v in pieces:
+    runs, total = runs_between(slots.pos, spans), q.new_zeros(())
+    read = runs_between(tokens.pos, spans)
+    pieces = zip(queries, read, runs, cut(slots.k, runs), cut(slots.v, runs), strict=True)
+    for t, s, run, k, v in pieces:
         short = _read_block(q[:, t], Keys(k, v, slots.pos[:, run]), asked[:, t], scale)
-        long = _read_block(q[:, t], between(tokens, *span), asked[:, t], scale)
+        whole = Keys(tokens.k[:, s], tokens.v[:, s], tokens.pos[:, s])
+        long = _read_block(q[:, t], whole, asked[:, t], scale)
         total = total + ((long - short).square().mean((2, 3)) * (asked[:, t] >= 0)).sum()
     return total
 
@@ -283,12 +286,11 @@ def _old(
     views: list[View] = pos.once(_views, pos, near, recent, True)
     if len(views) == 1:
         return [slice(None)]
-    runs = []
+    spans = []
     for view in views:
         ends = _floor(recent.first(view.q[view.q >= 0]), recent.segment) * per_block
-        low, high = (int(ends.min()) - most, int(ends.max())) if len(ends) else (0, 0)
-        runs.append(run_between(slot, low, high))
-    return runs
+        spans.append((int(ends.min()) - most, int(ends.max())) if len(ends) else (0, 0))
+    return runs_between(slot, spans)
 
 
 def _slots(q: Tensor, slot: Tensor, recent: Segments, per_block: int, most: int) -> tuple[Tensor, Tensor]:

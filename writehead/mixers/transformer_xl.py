@@ -118,8 +118,9 @@ class TransformerXL(nn.Module):
 
         def run(q: Tensor, keys: Keys, pos: Positions) -> Tensor:
             pieces, views = [], pos.once(_views, pos, keys.pos, pattern, True)
-            for view, one, k, value in zip(views, *cut_views(views, q, keys), strict=True):
-                bias = relative((one + v) * scale, pos.once(distances, view.q, view.k), pos)
+            away = pos.once(apart, pos, keys.pos, pattern)
+            for view, far, one, k, value in zip(views, away, *cut_views(views, q, keys), strict=True):
+                bias = relative((one + v) * scale, far, pos)
                 pieces.append(attend(one + u, k, value, mask=view.mask, bias=bias, scale=scale)[0])
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
@@ -150,6 +151,22 @@ def cut_views(views: Sequence[View], q: Tensor, keys: Keys) -> list[Sequence[Ten
     """The queries, keys and values of each view."""
     read = [view.keys for view in views]
     return [cut(q, [view.queries for view in views]), cut(keys.k, read), cut(keys.v, read)]
+
+
+def apart(pos: Positions, k_pos: Tensor, pattern: Pattern) -> list[Tensor]:
+    """How far back each key of each view lies, (B or 1, T, S); views that are alike share one tensor, which a
+    graph holds for as long as its scores."""
+    found: list[Tensor] = []
+    before: tuple[Tensor, Tensor] | None = None
+    for view in pos.once(_views, pos, k_pos, pattern, True):
+        rows = 1 if pos.start is not None and bool((view.k == view.k[:1]).all()) else len(view.q)
+        q, k = view.q[:rows], view.k[:rows]
+        first = q[:, :1]
+        places = (q - first, k - first)
+        alike = before is not None and all(torch.equal(a, b) for a, b in zip(before, places, strict=True))
+        found.append(found[-1] if alike else distances(q, k))
+        before = places
+    return found
 
 
 def distances(q: Tensor, k: Tensor) -> Tensor:
