@@ -29,6 +29,7 @@ from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.compressive import _slots
 from writehead.mixers.transformer_xl import distances, projections
+from writehead.ops.cut import cut, lay
 from writehead.positions.relative import Relative
 
 NOT_READ = -1e30  # a score whose exponential is exactly 0, and rows of nothing but padding stay finite
@@ -128,24 +129,15 @@ class MostUsed(nn.Module):
 
         def run(x: Tensor, pos: Positions, state: Used | None = None) -> tuple[Tensor, Used, Aux]:
             state, q = start(len(x), x) if state is None else state, query(x, pos)
-            segment = pos.once(_segment, pos.index, L)
-            real = segment[segment >= 0]
-            if not len(real):
+            segments = pos.once(in_segments, pos, L)
+            if not segments:
                 return out(torch.zeros_like(q).flatten(2)), state, NOTHING
-            first, last = int(real.min()), int(real.max())
-            if first == last:
-                y, state = take(x, q, pos, first, state)
-                return out(y.flatten(2)), state, NOTHING
-            y = torch.zeros_like(q)
-            for number in range(first, last + 1):
-                own = segment == number
-                columns = own.any(0).nonzero()
-                if len(columns):
-                    t = slice(int(columns[0]), int(columns[-1]) + 1)
-                    here = Positions(torch.where(own, pos.index, -1)[:, t])
-                    part, state = take(x[:, t], q[:, t], here, number, state)
-                    y = y.index_add(1, torch.arange(t.start, t.stop, device=x.device), part)
-            return out(y.flatten(2)), state, NOTHING
+            columns, found = [run for _, run, _ in segments], []
+            parts = zip(segments, cut(x, columns), cut(q, columns), strict=True)
+            for (number, _, here), tokens, queries in parts:
+                y, state = take(tokens, queries, here, number, state)
+                found.append(y)
+            return out(lay(found, columns, x.shape[1]).flatten(2)), state, NOTHING
 
         return run
 
@@ -214,3 +206,27 @@ def most_read(attention: Tensor, count: int) -> Tensor:
 
 def _segment(index: Tensor, size: int) -> Tensor:
     return torch.div(index, size, rounding_mode="floor")
+
+
+def in_segments(pos: Positions, size: int) -> list[tuple[int, slice, Positions]]:
+    """For each segment that a call touches: its number, the run of columns with its tokens of all rows, and
+    their positions, other segments' tokens as padding."""
+    valid, index, T = pos.valid, pos.index, pos.index.shape[1]
+    if not bool(valid.any()):
+        return []
+    numbers = _segment(index, size)
+    number = numbers[valid]
+    low = int(number.min())
+    if low == int(number.max()):
+        return [(low, slice(0, T), pos)]
+    column = torch.arange(T, device=index.device).expand_as(index)[valid]
+    none = column.new_full((int(number.max()) - low + 1,), T)
+    first = none.scatter_reduce(0, number - low, column, "amin").tolist()
+    last = torch.zeros_like(none).scatter_reduce(0, number - low, column, "amax").tolist()
+    found = []
+    for n, (a, b) in enumerate(zip(first, last, strict=True), low):
+        if a < T:
+            run = slice(a, b + 1)
+            own = torch.where(numbers[:, run] == n, index[:, run], -1)
+            found.append((n, run, Positions(own)))
+    return found
