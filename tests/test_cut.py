@@ -33,7 +33,9 @@ def test_without_gradients_and_for_one_run_nothing_is_copied():
 
 def test_runs_laid_into_a_sequence_add_up_and_their_gradients_are_its_slices():
     runs = [slice(1, 3), slice(2, 6), slice(6, 6)]
-    pieces = [torch.randn(2, run.stop - run.start, 3, dtype=torch.float64, requires_grad=True) for run in runs]
+    pieces = [
+        torch.randn(2, run.stop - run.start, 3, dtype=torch.float64, requires_grad=True) for run in runs
+    ]
     right = torch.zeros(2, 7, 3, dtype=torch.float64)
     for run, piece in zip(runs, pieces, strict=True):
         right = torch.cat([right[:, : run.start], right[:, run] + piece, right[:, run.stop :]], 1)

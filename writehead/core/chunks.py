@@ -84,7 +84,7 @@ def between(keys: Keys, low: int, high: int) -> Keys:
 
 
 def runs_between(pos: Tensor, spans: Sequence[tuple[int, int]]) -> list[slice]:
-    """For each (low, high) a run of slots (B, S) with all positions from `low` >= 0 up to, not including, `high`.
+    """For each (low, high) a run of slots (B, S) with all positions from `low` up to, not including, `high`.
 
     It costs one look at the slots, however many runs are asked for: where positions rise from slot to slot a
     run holds nothing else at its ends, in a ring it may be longer.
