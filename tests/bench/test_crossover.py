@@ -1,6 +1,8 @@
 """The crossover study: what is counted, compared and written is right whatever the machine."""
 
+import json
 import math
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from writehead.bench.crossover import DENSE, SUBJECTS, Cell, faster_from, peak_c
 from writehead.bench.crossover_page import page_of, read
 from writehead.bench.live import peak
 from writehead.bench.measure import write_record
+from writehead.core.work import Call
 
 LENGTHS = (4096, 8192, 16384)
 
@@ -53,7 +56,11 @@ def test_a_series_that_ended_is_compared_as_far_as_it_goes():
 
 
 def test_slopes_are_those_of_powers_and_of_the_formula_of_the_mixer():
-    cells = [*series("linear", [T**1.5 for T in LENGTHS]), *series("linear", (3, 3, 3), "decode")]
+    cells = [
+        *series("linear", [T**1.5 for T in LENGTHS], "processor"),
+        *series("linear", [T**2 for T in LENGTHS]),
+        *series("linear", (3, 3, 3), "decode"),
+    ]
     line = slopes(cells)["linear"]
     assert line["train"] == pytest.approx(1.5)
     assert line["theory"] == pytest.approx(1)
@@ -77,11 +84,50 @@ def test_a_hopeless_series_stops_and_says_why(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["linear", "transformer_xl", "sliding_xl", "compressive", "long_short_encoder"]
+    "name",
+    [
+        "linear",
+        "linformer_prefix",
+        "transformer_xl",
+        "sliding_xl",
+        "compressive",
+        "most_used",
+        "long_short_encoder",
+    ],
 )
 def test_bytes_of_both_passes_grow_no_faster_than_the_sequence(name):
     short, long = (peak_cell(name, T).peak_bytes for T in (2048, 4096))
     assert long < 2.15 * short
+
+
+def test_rounds_of_the_processors_time_end_at_the_length_that_takes_too_long(monkeypatch):
+    spent = []
+
+    def train(mixer, tokens, causal, clock):
+        spent.append((tokens, clock, torch.get_num_threads()))
+        return tokens / 2, tokens - len(spent) / 100
+
+    monkeypatch.setattr(crossover, "_train", train)
+    monkeypatch.setattr(crossover, "PATIENCE_S", 40)
+    cells = crossover.processor_cells("linear", [32, 64, 128])
+    assert spent == [(tokens, time.process_time, 1) for tokens in (32, 64) * crossover.ROUNDS]
+    assert [(c.tokens, c.part, c.samples) for c in cells] == [
+        (T, "processor", crossover.ROUNDS) for T in (32, 64)
+    ]
+    assert [c.seconds for c in cells] == [pytest.approx(32 - 0.05), pytest.approx(64 - 0.06)]
+    assert [c.flops for c in cells] == [
+        crossover.make("linear", T).work(Call(tokens=T)).flops for T in (32, 64)
+    ]
+
+
+def test_of_two_records_of_a_cell_the_later_counts_whatever_their_names(tmp_path):
+    for name, seconds, date in (("a", 1.0, "2026-02"), ("b", 2.0, "2026-01")):
+        path = tmp_path / f"crossover-{name}.json"
+        write_record(path, "crossover", series("linear", (seconds,) * 3))
+        record = json.loads(path.read_text())
+        record["machine"]["date"] = date
+        path.write_text(json.dumps(record))
+    assert [cell.seconds for cell in read(tmp_path)] == [1.0] * 3
 
 
 @pytest.mark.slow

@@ -4,6 +4,9 @@ One layer with one head of 64 and one row, in training (forward and backward) an
 behind a past). Memory is counted in bytes of tensors (`live.peak`); theory is the mixer's own count of
 operations. A series ends where it takes more than `HOPELESS` times as long as dense attention at the same
 length, or where it would hold more than `MOST_BYTES`; what is not there was not measured.
+
+How time grows is measured apart, as the processor's seconds of one thread in rounds over the lengths: other
+jobs and a processor that changes its speed disturb that least.
 """
 
 import math
@@ -30,8 +33,9 @@ LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 FITTED = 4096  # slopes are those from so many tokens on
 WIDTH, HOPELESS, MOST_BYTES = 64, 4.0, 4 << 30
 ROUNDS, LONG_S = 3, 2.0  # samples of a cell; one that takes longer than LONG_S has a single sample
+PATIENCE_S = 10.0  # of the processor; lengths beyond one that takes longer are left out
 DENSE, DENSE_ENCODER = "mha", "bidirectional"
-PARTS = ("train", "decode", "memory")
+PARTS = ("train", "decode", "memory", "processor")
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,11 @@ class Cell:
 
     Attributes:
         name, tokens: what was measured; tokens of the call, or of the past that one token reads.
-        part: "train" or "decode".
-        forward_s, seconds: least seconds of the forward pass under autograd, and of the whole.
+        part: of `PARTS`.
+        forward_s, seconds: least seconds of the forward pass under autograd, and of the whole; the
+            processor's in that part.
         samples: of which they are the least.
-        peak_bytes: of tensors, training only.
+        peak_bytes: of tensors, memory only.
         flops: operations by the mixer's own formula, forward.
         over: why the series ends here, if it does.
     """
@@ -138,29 +143,54 @@ def _forward(mixer: Any, x: torch.Tensor, causal: bool) -> torch.Tensor:
     return y + aux["reconstruction"] if "reconstruction" in aux else y
 
 
-def _train(mixer: nn.Module, tokens: int, causal: bool) -> float:
-    """Both passes; gives the seconds of the first."""
+def _train(
+    mixer: nn.Module, tokens: int, causal: bool, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, float]:
+    """Seconds of the forward pass, and of both passes."""
+    start = clock()
     x = torch.randn(1, tokens, WIDTH, requires_grad=True)
-    start = time.perf_counter()
     y = _forward(mixer, x, causal)
-    middle = time.perf_counter()
+    middle = clock()
     wanted = [x, *(p for p in mixer.parameters() if p.requires_grad)]
     torch.autograd.grad(y.sum(), wanted, allow_unused=True)
-    return middle - start
+    return middle - start, clock() - start
+
+
+def _least(name: str, tokens: int, part: str, samples: Sequence[tuple[float, float]], mixer: Any) -> Cell:
+    forward, both = (min(times) for times in zip(*samples, strict=True))
+    flops = mixer.work(Call(tokens=tokens)).flops
+    return Cell(name, tokens, part, forward, both, len(samples), flops=flops)
 
 
 def train_cell(name: str, tokens: int) -> Cell:
     """Time of both passes over a row of `tokens`."""
     mixer, causal = make(name, tokens), SUBJECTS[name].causal
     _train(mixer, min(tokens, 256), causal)
-    firsts: list[float] = []
-    both: list[float] = []
-    while len(both) < ROUNDS and (not both or sum(both) < LONG_S):
-        start = time.perf_counter()
-        firsts.append(_train(mixer, tokens, causal))
-        both.append(time.perf_counter() - start)
-    flops = mixer.work(Call(tokens=tokens)).flops  # type: ignore[operator]
-    return Cell(name, tokens, "train", min(firsts), min(both), len(both), flops=flops)
+    samples: list[tuple[float, float]] = []
+    while len(samples) < ROUNDS and (not samples or sum(both for _, both in samples) < LONG_S):
+        samples.append(_train(mixer, tokens, causal))
+    return _least(name, tokens, "train", samples, mixer)
+
+
+def processor_cells(name: str, lengths: Sequence[int]) -> list[Cell]:
+    """The processor's seconds of both passes over rows of so many tokens, on one thread, in rounds."""
+    mixers = {tokens: make(name, tokens) for tokens in sorted(lengths)}
+    samples: dict[int, list[tuple[float, float]]] = {tokens: [] for tokens in mixers}
+    threads, last = torch.get_num_threads(), math.inf
+    torch.set_num_threads(1)
+    try:
+        for _ in range(ROUNDS):
+            for tokens in sorted(samples):
+                if tokens > last:
+                    continue
+                samples[tokens].append(
+                    _train(mixers[tokens], tokens, SUBJECTS[name].causal, time.process_time)
+                )
+                if samples[tokens][-1][1] > PATIENCE_S:
+                    last = min(last, tokens)
+    finally:
+        torch.set_num_threads(threads)
+    return [_least(name, n, "processor", found, mixers[n]) for n, found in samples.items() if found]
 
 
 def peak_cell(name: str, tokens: int) -> Cell:
@@ -216,6 +246,13 @@ def study(
         for name in order:
             if part == "decode" and not SUBJECTS[name].causal:
                 continue
+            if part == "processor":
+                fitted = [n for n in sorted(lengths) if n >= FITTED and not _stop(name, n, part, [])]
+                say(f"{part}: {name}, {fitted} tokens")
+                for cell in processor_cells(name, fitted):
+                    cells.append(cell)
+                    keep(cell)
+                continue
             for tokens in sorted(lengths):
                 reason = _stop(name, tokens, part, [*known, *cells])
                 say(f"{part}: {name}, {tokens} tokens")
@@ -249,9 +286,9 @@ def slopes(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
         own = [c for c in cells if c.name == name and c.tokens >= FITTED and not c.over]
         line: dict[str, float] = {}
         for key, part, value in (
-            ("forward", "train", "forward_s"),
-            ("train", "train", "seconds"),
-            ("theory", "train", "flops"),
+            ("forward", "processor", "forward_s"),
+            ("train", "processor", "seconds"),
+            ("theory", "processor", "flops"),
             ("memory", "memory", "peak_bytes"),
             ("decode", "decode", "seconds"),
             ("decode theory", "decode", "flops"),

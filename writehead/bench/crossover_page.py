@@ -36,18 +36,19 @@ SLOPES = f"""
 
 Of the straight lines through time and memory against length in doubly logarithmic scales, from {FITTED}
 tokens on to the length in brackets. Theory is the slope of the mixer's own formula for its operations
-over the same lengths; memory is counted in bytes of tensors. A token's time behind {FITTED} tokens and
-more is flat where its slope is 0.
+over the same lengths. Forward and training are processor seconds of one thread, the least of a few rounds
+over the lengths; memory is counted in bytes of tensors. A token's time behind {FITTED} tokens and more is
+flat where its slope is 0.
 """
 
 
 def read(folder: Path, without: str = "") -> list[Cell]:
-    """The cells of all records in a folder but one; of two of the same cell the later file's counts."""
+    """The cells of all records in a folder but one; of two of the same cell the later record's counts."""
     found: dict[tuple[str, int, str], Cell] = {}
-    for path in sorted(folder.glob("crossover-*.json")):
-        if path.name == without:
-            continue
-        for values in json.loads(path.read_text(encoding="utf-8"))["results"]:
+    paths = (path for path in sorted(folder.glob("crossover-*.json")) if path.name != without)
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for record in sorted(records, key=lambda record: str(record["machine"]["date"])):
+        for values in record["results"]:
             given: dict[str, Any] = {k: math.nan if v is None else v for k, v in values.items()}
             cell = Cell(**given)
             found[cell.name, cell.tokens, cell.part] = cell
@@ -92,7 +93,7 @@ def page_of(cells: Sequence[Cell]) -> str:
     return "\n".join(parts)
 
 
-_WORDS = {"train": "training", "decode": "decoding", "memory": "memory"}
+_WORDS = {"train": "training", "decode": "decoding", "memory": "memory", "processor": "processor time"}
 
 
 def _from(cells: Sequence[Cell], name: str, part: str) -> str:

@@ -14,7 +14,8 @@ OUT = "Folder of the results."
 def crossover(
     names: Annotated[list[str] | None, typer.Argument(help="Mechanisms; default all.")] = None,
     part: Annotated[
-        list[str] | None, typer.Option(help="train, decode, memory; repeat for several. Default all.")
+        list[str] | None,
+        typer.Option(help="train, decode, memory, processor; repeat for several. Default all."),
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option(min=16, help="Lengths; default 256 to 65536.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,

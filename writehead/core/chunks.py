@@ -4,7 +4,7 @@ Blocks begin at the absolute positions 0, C, 2 C, ... of each row, however a seq
 whatever padding it carries; a block is handed out once, by the call that brings its last token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,14 +79,25 @@ def close(state: Open, x: Tensor, pos: Positions) -> tuple[Open, Blocks | None]:
 
 def between(keys: Keys, low: int, high: int) -> Keys:
     """The run of slots that holds all positions from `low` up to, not including, `high`."""
-    s = run_between(keys.pos, low, high)
+    (s,) = runs_between(keys.pos, [(low, high)])
     return Keys(keys.k[:, s], keys.v[:, s], keys.pos[:, s])
 
 
-def run_between(pos: Tensor, low: int, high: int) -> slice:
-    """The run of slots (B, S) in which all positions from `low` up to, not including, `high` stand."""
-    held = ((pos >= low) & (pos < high)).any(0).nonzero()
-    return slice(int(held[0]), int(held[-1]) + 1) if len(held) else slice(0, 0)
+def runs_between(pos: Tensor, spans: Sequence[tuple[int, int]]) -> list[slice]:
+    """For each (low, high) a run of slots (B, S) with all positions from `low` up to, not including, `high`.
+
+    It costs one look at the slots, however many runs are asked for: where positions rise from slot to slot a
+    run holds nothing else at its ends, in a ring it may be longer.
+    """
+    if not spans or not pos.numel():
+        return [slice(0, 0)] * len(spans)
+    none = torch.iinfo(pos.dtype).max
+    highest = pos.amax(0).cummax(0).values  # before the run every position is below low
+    lowest = torch.where(pos < 0, none, pos).amin(0).flip(0).cummin(0).values.flip(0)
+    lows, highs = (torch.tensor(ends, device=pos.device) for ends in zip(*spans, strict=True))
+    starts = torch.searchsorted(highest, lows.clamp_min(0)).tolist()
+    stops = torch.searchsorted(lowest, highs).tolist()  # and behind it every one at least high
+    return [slice(a, max(a, b)) for a, b in zip(starts, stops, strict=True)]
 
 
 def summarise(

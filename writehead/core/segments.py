@@ -43,6 +43,9 @@ class Segments(Pattern):
     def allows(self, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (k >= self.first(q))
 
+    def needed(self, k: Tensor, t: Tensor) -> Tensor:
+        return k >= self.first(t)
+
     @property
     def reach(self) -> Reach:
         return Reach(0, self.segment + self.memory)

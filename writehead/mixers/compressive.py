@@ -12,26 +12,25 @@ Differs   a segment is compressed when it is whole and read once it has left m, 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import KV, Keys, Layout, Store, empty, state_bytes
-from writehead.core.chunks import Open, between, close, open_bytes, opened, run_between, summarise
-from writehead.core.heads import QKV
+from writehead.core.cache import KV, Keys, Store, empty
+from writehead.core.chunks import Open, close, open_bytes, opened, runs_between, summarise
 from writehead.core.pattern import Reach
 from writehead.core.positions import Positions
 from writehead.core.segments import Segments, keep
-from writehead.core.shapes import check_choice, check_multiple
-from writehead.core.work import Call, Work, products, scores, values
+from writehead.core.shapes import check_choice
+from writehead.core.work import Call, Work, products
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.softmax import View, _views
-from writehead.mixers.transformer_xl import cut_views, distances, projections
+from writehead.mixers.transformer_xl import TwoMemories, apart, cut_views, projections
 from writehead.ops.attend import attend, merge
 from writehead.ops.cut import cut
-from writehead.positions.relative import Relative
 
 PIECE = 256  # queries of the reconstruction loss at a time
 
@@ -60,7 +59,7 @@ class Pool(nn.Module):
         return groups.mean(3) if self.kind == "mean" else torch.amax(groups, 3)
 
 
-class Compressive(nn.Module):
+class Compressive(TwoMemories):
     """Self-attention with a memory, and a compressed memory behind it."""
 
     def __init__(
@@ -90,21 +89,8 @@ class Compressive(nn.Module):
         Raises:
             ValueError: numbers that do not divide or are out of range, an unknown compression.
         """
-        super().__init__()
-        check_multiple("segment", segment, "ratio", ratio)
-        check_multiple("memory", memory, "segment", segment)
-        if compressed < 1:
-            raise ValueError(f"compressed={compressed} must be at least 1; without it use transformer_xl")
-        self.recent = Segments(segment, memory)
-        self.compressed, self.ratio, self.per_block = compressed, ratio, segment // ratio
-        self.qkv = QKV(dim, heads, kv_heads, head_dim)
-        H, G, D = self.qkv.heads, self.qkv.kv_heads, self.qkv.head_dim
-        self.relative = Relative(dim, G, D)
-        self.content_bias = nn.Parameter(0.02 * torch.randn(H, D))
-        self.place_bias = nn.Parameter(0.02 * torch.randn(H, D))
+        super().__init__(dim, heads, kv_heads, head_dim, segment, memory, compressed, ratio)
         self.compress = Pool(dim, ratio, compression)
-        self.out = nn.Linear(H * D, dim, bias=False)
-        self.scale = D**-0.5
 
     @property
     def reach(self) -> Reach:
@@ -121,29 +107,13 @@ class Compressive(nn.Module):
         return Compressed(opened(batch, self.recent.segment, like, self.qkv.weight.shape[1]), recent, old)
 
     def state_bytes(self, batch: int, context: int, itemsize: int, store: Store = Store()) -> int:
-        D, X = self.qkv.head_dim, self.qkv.weight.shape[1]
-        size = itemsize if store.dtype is None else store.dtype.itemsize
-        total = open_bytes(batch, self.recent.segment, X, itemsize)
-        slots = context // self.recent.segment * self.per_block
-        for reach, seen in ((self.recent.reach, context), (self.reach, slots)):
-            held = Layout.of(reach, store).slots(seen, store.capacity)
-            total += state_bytes(batch, held, self.qkv.kv_heads, (D, D), size)
-        return total
+        L, X = self.recent.segment, self.qkv.weight.shape[1]
+        seen = ((self.recent.reach, context), (self.reach, context // L * self.per_block))
+        return open_bytes(batch, L, X, itemsize) + self.kept_bytes(batch, seen, itemsize, store)
 
     def work(self, call: Call) -> Work:
-        H, D = self.qkv.heads, self.qkv.head_dim
-        L, M = self.recent.segment, self.recent.memory
-        slots = min(self.compressed, max(0, (call.context // L - M // L) * self.per_block))
-        slot = call.batch * call.slot_bytes(self.qkv.kv_heads, 2 * D)
-        near = min(call.context, L + M)
-        return Work(
-            flops=2 * call.rows * (products(self.qkv, self.out) + products(self.compress) // self.ratio)
-            + 2 * 2 * D * (scores(self.recent, H, call) + call.rows * H * slots)
-            + self.relative.flops(call.rows * H, near + slots),
-            weights=values(self),
-            state_read=(near + slots) * slot,
-            state_written=min(call.tokens, L + M) * slot,
-        )
+        work = super().work(call)
+        return replace(work, flops=work.flops + 2 * call.rows * (products(self.compress) // self.ratio))
 
     def bind(self, of: Of = itself) -> Callable[..., tuple[Tensor, Compressed, Aux]]:
         query, project = projections(self.qkv)
@@ -181,12 +151,13 @@ class Compressive(nn.Module):
             views = pos.once(_views, pos, near.pos, pattern, True)
             runs = pos.once(_old, pos, near.pos, far.pos, pattern, per_block, most)
             old = (cut(far.k, runs), cut(far.v, runs))
-            parts = zip(views, runs, *cut_views(views, q, near), *old, strict=True)
-            for view, run, one, k, val, *slots in parts:
+            lies = pos.once(apart, pos, near.pos, pattern)
+            parts = zip(views, lies, runs, *cut_views(views, q, near), *old, strict=True)
+            for view, distance, run, one, k, val, *slots in parts:
                 placed, read = (one + v) * scale, one + u
-                bias = relative(placed, pos.once(distances, view.q, view.k), pos)
+                bias = relative(placed, distance, pos)
                 part = attend(read, k, val, mask=view.mask, bias=bias, scale=scale, exact=exact)
-                mask, away = _slots(view.q, far.pos[:, run], pattern, per_block, most)
+                mask, away = self.slots_read(view.q, far.pos[:, run])
                 if bool(mask.any()):
                     bias = relative(placed, away, pos)
                     other = attend(read, *slots, mask=mask, bias=bias, scale=scale, exact=exact)
@@ -202,12 +173,7 @@ class Compressive(nn.Module):
         Each query reads by content alone, without positions, the segment that leaves the memory when its own
         ends: once as tokens and once compressed.
         """
-        L, lag, scale, per_block = (
-            self.recent.segment,
-            self.recent.memory // self.recent.segment,
-            self.scale,
-            self.per_block,
-        )
+        L, lag, scale, per_block = self.recent.segment, self.lag, self.scale, self.per_block
         _, project = projections(self.qkv, learn=False)
 
         def run(q: Tensor, hidden: Tensor, near: Keys, pos: Positions) -> Aux:
@@ -240,11 +206,13 @@ def _errors(q: Tensor, slots: Keys, tokens: Keys, asked: Tensor, scale: float) -
         if len(real):
             queries.append(slice(first, first + PIECE))
             spans.append((int(real.min()), int(real.max()) + 1))
-    runs, total = [run_between(slots.pos, *span) for span in spans], q.new_zeros(())
-    pieces = zip(queries, spans, runs, cut(slots.k, runs), cut(slots.v, runs), strict=True)
-    for t, span, run, k, v in pieces:
+    runs, total = runs_between(slots.pos, spans), q.new_zeros(())
+    read = runs_between(tokens.pos, spans)
+    pieces = zip(queries, read, runs, cut(slots.k, runs), cut(slots.v, runs), strict=True)
+    for t, s, run, k, v in pieces:
         short = _read_block(q[:, t], Keys(k, v, slots.pos[:, run]), asked[:, t], scale)
-        long = _read_block(q[:, t], between(tokens, *span), asked[:, t], scale)
+        whole = Keys(tokens.k[:, s], tokens.v[:, s], tokens.pos[:, s])
+        long = _read_block(q[:, t], whole, asked[:, t], scale)
         total = total + ((long - short).square().mean((2, 3)) * (asked[:, t] >= 0)).sum()
     return total
 
@@ -283,18 +251,8 @@ def _old(
     views: list[View] = pos.once(_views, pos, near, recent, True)
     if len(views) == 1:
         return [slice(None)]
-    runs = []
+    spans = []
     for view in views:
         ends = _floor(recent.first(view.q[view.q >= 0]), recent.segment) * per_block
-        low, high = (int(ends.min()) - most, int(ends.max())) if len(ends) else (0, 0)
-        runs.append(run_between(slot, low, high))
-    return runs
-
-
-def _slots(q: Tensor, slot: Tensor, recent: Segments, per_block: int, most: int) -> tuple[Tensor, Tensor]:
-    """Which compressed slots (B, S) queries at q (B, T) read (B, 1, T, S), and how many slots away."""
-    first = recent.first(q)[:, :, None]  # of the memory; what lies before it is compressed
-    end = _floor(first, recent.segment) * per_block
-    away = q[:, :, None] - first + end - slot[:, None, :]
-    read = (slot >= 0)[:, None] & (slot[:, None] < end) & (slot[:, None] >= end - most) & (q >= 0)[:, :, None]
-    return read[:, None], away
+        spans.append((int(ends.min()) - most, int(ends.max())) if len(ends) else (0, 0))
+    return runs_between(slot, spans)

@@ -30,7 +30,7 @@ from writehead.core.segments import remember
 from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.softmax import _views
-from writehead.mixers.transformer_xl import cut_views, distances, projections
+from writehead.mixers.transformer_xl import apart, cut_views, distances, projections
 from writehead.ops.attend import attend, merge
 from writehead.ops.cut import cut
 from writehead.positions.relative import Relative
@@ -168,9 +168,10 @@ class LongShort(nn.Module):
         def run(q: Tensor, near: Keys, far: Keys, pos: Positions) -> Tensor:
             pieces, exact = [], torch.is_grad_enabled()
             views = pos.once(_views, pos, near.pos, window, True)
-            for view, one, k, val in zip(views, *cut_views(views, q, near), strict=True):
+            lies = pos.once(apart, pos, near.pos, window)
+            for view, distance, one, k, val in zip(views, lies, *cut_views(views, q, near), strict=True):
                 read = one * scale
-                bias = near_places(read + v, pos.once(distances, view.q, view.k), pos)
+                bias = near_places(read + v, distance, pos)
                 part = attend(read + u, k, val, mask=view.mask, bias=bias, scale=1.0, exact=exact)
                 before = torch.div(view.q, chunk, rounding_mode="floor") * rank
                 slots = far if view.whole else between(far, 0, int(before.max()))

@@ -16,20 +16,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import KV, Keys, Layout, Store, append, empty, state_bytes
-from writehead.core.heads import QKV
+from writehead.core.cache import KV, Keys, Store, append, empty
 from writehead.core.pattern import Reach
 from writehead.core.positions import Positions
-from writehead.core.segments import Project, Segments, keep, projected, remember
-from writehead.core.shapes import check_multiple
-from writehead.core.work import Call, Work, products, scores, values
+from writehead.core.segments import Project, keep, projected, remember
 from writehead.mixer import NOTHING, Aux
-from writehead.mixers.compressive import _slots
-from writehead.mixers.transformer_xl import distances, projections
-from writehead.positions.relative import Relative
+from writehead.mixers.transformer_xl import TwoMemories, distances, projections
+from writehead.ops.cut import cut, lay
 
 NOT_READ = -1e30  # a score whose exponential is exactly 0, and rows of nothing but padding stay finite
 
@@ -42,7 +38,7 @@ class Used(NamedTuple):
     attention: Tensor  # (B, N, L) received by the tokens of segment n at n modulo N
 
 
-class MostUsed(nn.Module):
+class MostUsed(TwoMemories):
     """Self-attention with a memory, and behind it those tokens that were read most."""
 
     def __init__(
@@ -70,20 +66,7 @@ class MostUsed(nn.Module):
         Raises:
             ValueError: numbers that do not divide or are out of range.
         """
-        super().__init__()
-        check_multiple("segment", segment, "ratio", ratio)
-        check_multiple("memory", memory, "segment", segment)
-        if compressed < 1:
-            raise ValueError(f"compressed={compressed} must be at least 1; without it use transformer_xl")
-        self.recent = Segments(segment, memory)
-        self.compressed, self.per_block, self.lag = compressed, segment // ratio, memory // segment
-        self.qkv = QKV(dim, heads, kv_heads, head_dim)
-        H, G, D = self.qkv.heads, self.qkv.kv_heads, self.qkv.head_dim
-        self.relative = Relative(dim, G, D)
-        self.content_bias = nn.Parameter(0.02 * torch.randn(H, D))
-        self.place_bias = nn.Parameter(0.02 * torch.randn(H, D))
-        self.out = nn.Linear(H * D, dim, bias=False)
-        self.scale = D**-0.5
+        super().__init__(dim, heads, kv_heads, head_dim, segment, memory, compressed, ratio)
 
     @property
     def reaches(self) -> tuple[Reach, Reach]:
@@ -98,29 +81,11 @@ class MostUsed(nn.Module):
         return Used(recent, old, like.new_zeros(batch, self.lag + 1, self.recent.segment, dtype=dtype))
 
     def state_bytes(self, batch: int, context: int, itemsize: int, store: Store = Store()) -> int:
-        D, L = self.qkv.head_dim, self.recent.segment
-        size = itemsize if store.dtype is None else store.dtype.itemsize
-        total = batch * (self.lag + 1) * L * max(4, itemsize)
+        L = self.recent.segment
         left = max(0, (context - 1) // L - self.lag) if context else 0
-        for reach, seen in zip(self.reaches, (context, left * self.per_block), strict=True):
-            held = Layout.of(reach, store).slots(seen, store.capacity)
-            total += state_bytes(batch, held, self.qkv.kv_heads, (D, D), size)
-        return total
-
-    def work(self, call: Call) -> Work:
-        H, D = self.qkv.heads, self.qkv.head_dim
-        L, M = self.recent.segment, self.recent.memory
-        slots = min(self.compressed, max(0, (call.context // L - self.lag) * self.per_block))
-        slot = call.batch * call.slot_bytes(self.qkv.kv_heads, 2 * D)
-        near = min(call.context, L + M)
-        return Work(
-            flops=2 * call.rows * products(self.qkv, self.out)
-            + 2 * 2 * D * (scores(self.recent, H, call) + call.rows * H * slots)
-            + self.relative.flops(call.rows * H, near + slots),
-            weights=values(self),
-            state_read=(near + slots) * slot,
-            state_written=min(call.tokens, L + M) * slot,
-        )
+        seen = zip(self.reaches, (context, left * self.per_block), strict=True)
+        received = batch * (self.lag + 1) * L * max(4, itemsize)
+        return received + self.kept_bytes(batch, list(seen), itemsize, store)
 
     def bind(self, of: Of = itself) -> Callable[..., tuple[Tensor, Used, Aux]]:
         query, project = projections(self.qkv)
@@ -128,24 +93,15 @@ class MostUsed(nn.Module):
 
         def run(x: Tensor, pos: Positions, state: Used | None = None) -> tuple[Tensor, Used, Aux]:
             state, q = start(len(x), x) if state is None else state, query(x, pos)
-            segment = pos.once(_segment, pos.index, L)
-            real = segment[segment >= 0]
-            if not len(real):
+            segments = pos.once(in_segments, pos, L)
+            if not segments:
                 return out(torch.zeros_like(q).flatten(2)), state, NOTHING
-            first, last = int(real.min()), int(real.max())
-            if first == last:
-                y, state = take(x, q, pos, first, state)
-                return out(y.flatten(2)), state, NOTHING
-            y = torch.zeros_like(q)
-            for number in range(first, last + 1):
-                own = segment == number
-                columns = own.any(0).nonzero()
-                if len(columns):
-                    t = slice(int(columns[0]), int(columns[-1]) + 1)
-                    here = Positions(torch.where(own, pos.index, -1)[:, t])
-                    part, state = take(x[:, t], q[:, t], here, number, state)
-                    y = y.index_add(1, torch.arange(t.start, t.stop, device=x.device), part)
-            return out(y.flatten(2)), state, NOTHING
+            columns, found = [run for _, run, _ in segments], []
+            parts = zip(segments, cut(x, columns), cut(q, columns), strict=True)
+            for (number, _, here), tokens, queries in parts:
+                y, state = take(tokens, queries, here, number, state)
+                found.append(y)
+            return out(lay(found, columns, x.shape[1]).flatten(2)), state, NOTHING
 
         return run
 
@@ -184,12 +140,12 @@ class MostUsed(nn.Module):
 
     def _read(self, of: Of) -> Callable[[Tensor, Keys, Keys, Positions], tuple[Tensor, Tensor]]:
         pattern, scale, relative, G = self.recent, self.scale, of(self.relative), self.qkv.kv_heads
-        u, v, per_block, most = self.content_bias, self.place_bias, self.per_block, self.compressed
+        u, v = self.content_bias, self.place_bias
 
         def run(q: Tensor, near: Keys, far: Keys, pos: Positions) -> tuple[Tensor, Tensor]:
             """What the queries read (B, T, H, D), and the attention that each near key received (B, S)."""
             placed, read = (q + v) * scale, ((q + u) * scale).unflatten(2, (G, -1))
-            mask, away = _slots(pos.index, far.pos, pattern, per_block, most)
+            mask, away = self.slots_read(pos.index, far.pos)
             parts = (
                 (near, pattern.mask(pos.index, near.pos), distances(pos.index, near.pos)),
                 (far, mask, away),
@@ -214,3 +170,27 @@ def most_read(attention: Tensor, count: int) -> Tensor:
 
 def _segment(index: Tensor, size: int) -> Tensor:
     return torch.div(index, size, rounding_mode="floor")
+
+
+def in_segments(pos: Positions, size: int) -> list[tuple[int, slice, Positions]]:
+    """For each segment that a call touches: its number, the run of columns with its tokens of all rows, and
+    their positions, other segments' tokens as padding."""
+    valid, index, T = pos.valid, pos.index, pos.index.shape[1]
+    if not bool(valid.any()):
+        return []
+    numbers = _segment(index, size)
+    number = numbers[valid]
+    low = int(number.min())
+    if low == int(number.max()):
+        return [(low, slice(0, T), pos)]
+    column = torch.arange(T, device=index.device).expand_as(index)[valid]
+    none = column.new_full((int(number.max()) - low + 1,), T)
+    first = none.scatter_reduce(0, number - low, column, "amin").tolist()
+    last = torch.zeros_like(none).scatter_reduce(0, number - low, column, "amax").tolist()
+    found = []
+    for n, (a, b) in enumerate(zip(first, last, strict=True), low):
+        if a < T:
+            run = slice(a, b + 1)
+            own = torch.where(numbers[:, run] == n, index[:, run], -1)
+            found.append((n, run, Positions(own)))
+    return found

@@ -12,7 +12,7 @@ Differs   scores are scaled by D^-1/2 (the 2019 paper folds that into the initia
           convention
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from writehead.core.bind import Of, itself
 from writehead.core.cache import KV, Keys, Layout, Store, append, empty, state_bytes
+from writehead.core.chunks import runs_between
 from writehead.core.heads import QKV
 from writehead.core.pattern import Causal, Full, Pattern, from_spec
 from writehead.core.positions import Positions
@@ -213,12 +214,15 @@ def _views(pos: Positions, k_pos: Tensor, pattern: Pattern, biased: bool) -> lis
     rows = max(16, SCORES // max(S, 1), _rows_of_band(pattern))
     if rows >= T:
         return [View(everything, everything, q_pos, k_pos, _mask(q_pos, k_pos, pattern))]
-    views = []
-    for first in range(0, T, rows):
-        t = slice(first, first + rows)
-        s = _readable(q_pos[:, t], k_pos, pattern)
+    views: list[View] = []
+    queries = [slice(first, first + rows) for first in range(0, T, rows)]
+    for t, near in zip(queries, _in_reach([q_pos[:, t] for t in queries], k_pos, pattern), strict=True):
+        s = _readable(q_pos[:, t], k_pos, pattern, near)
         q, k = q_pos[:, t], k_pos[:, s]
-        views.append(View(t, s, q, k, _mask(q, k, pattern), whole=False))
+        mask = _mask(q, k, pattern)
+        if mask is not None and views and views[-1].mask is not None and torch.equal(mask, views[-1].mask):
+            mask = views[-1].mask  # windows are alike all along a sequence, and a graph holds each mask
+        views.append(View(t, s, q, k, mask, whole=False))
     return views
 
 
@@ -250,15 +254,28 @@ def _mask(q: Tensor, k: Tensor, pattern: Pattern) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def _readable(q: Tensor, k_pos: Tensor, pattern: Pattern) -> slice:
-    """The run of slots outside of which no query of q reads."""
+def _in_reach(queries: Sequence[Tensor], k_pos: Tensor, pattern: Pattern) -> list[slice]:
+    """For each run of queries (B, T) a run of slots outside of which none of it reads."""
+    window = pattern.reach.window
+    if window is None or pattern.reach.lead or pattern.reach.columns is not None or not pattern.causal:
+        return [slice(0, k_pos.shape[1])] * len(queries)
+    spans = []
+    for q in queries:
+        real = q[q >= 0]
+        spans.append((int(real.min()) - window + 1, int(real.max()) + 1) if len(real) else (0, 0))
+    return runs_between(k_pos, spans)
+
+
+def _readable(q: Tensor, k_pos: Tensor, pattern: Pattern, within: slice) -> slice:
+    """The run of slots outside of which no query of q reads, itself a part of the run `within`."""
     real = q[q >= 0]
     if not len(real):
         return slice(0, 0)
+    k_pos = k_pos[:, within]
     keep = (k_pos >= 0) & pattern.needed(k_pos, real.min())
     if pattern.causal:
         keep &= k_pos <= real.max()
-    slots = keep.any(0).nonzero()
+    slots = keep.any(0).nonzero() + within.start
     return slice(int(slots[0]), int(slots[-1]) + 1) if len(slots) else slice(0, 0)
 
 

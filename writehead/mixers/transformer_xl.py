@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from writehead.core.bind import Of, itself
 from writehead.core.cache import KV, Keys, Layout, Store, empty, state_bytes
 from writehead.core.heads import QKV
-from writehead.core.pattern import Pattern, Window
+from writehead.core.pattern import Pattern, Reach, Window
 from writehead.core.positions import Positions
 from writehead.core.segments import Segments, remember
-from writehead.core.shapes import check_shape
+from writehead.core.shapes import check_multiple, check_shape
 from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.softmax import View, _views
@@ -118,12 +118,90 @@ class TransformerXL(nn.Module):
 
         def run(q: Tensor, keys: Keys, pos: Positions) -> Tensor:
             pieces, views = [], pos.once(_views, pos, keys.pos, pattern, True)
-            for view, one, k, value in zip(views, *cut_views(views, q, keys), strict=True):
-                bias = relative((one + v) * scale, pos.once(distances, view.q, view.k), pos)
+            away = pos.once(apart, pos, keys.pos, pattern)
+            for view, far, one, k, value in zip(views, away, *cut_views(views, q, keys), strict=True):
+                bias = relative((one + v) * scale, far, pos)
                 pieces.append(attend(one + u, k, value, mask=view.mask, bias=bias, scale=scale)[0])
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
         return run
+
+
+class TwoMemories(nn.Module):
+    """What mixers with a memory of segments and some slots behind it have in common."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int | None,
+        head_dim: int | None,
+        segment: int,
+        memory: int,
+        compressed: int,
+        ratio: int,
+    ) -> None:
+        """Make the parts.
+
+        Args:
+            dim: width X, even.
+            heads, kv_heads, head_dim: as in `Softmax`.
+            segment: tokens L that leave the memory together, a multiple of `ratio`.
+            memory: tokens M before the segment that its queries read, a multiple of `segment`.
+            compressed: slots M_c that reach further back.
+            ratio: tokens C that leave one slot.
+
+        Raises:
+            ValueError: numbers that do not divide or are out of range.
+        """
+        super().__init__()
+        check_multiple("segment", segment, "ratio", ratio)
+        check_multiple("memory", memory, "segment", segment)
+        if compressed < 1:
+            raise ValueError(f"compressed={compressed} must be at least 1; without it use transformer_xl")
+        self.recent = Segments(segment, memory)
+        self.compressed, self.ratio = compressed, ratio
+        self.per_block, self.lag = segment // ratio, memory // segment
+        self.qkv = QKV(dim, heads, kv_heads, head_dim)
+        H, G, D = self.qkv.heads, self.qkv.kv_heads, self.qkv.head_dim
+        self.relative = Relative(dim, G, D)
+        self.content_bias = nn.Parameter(0.02 * torch.randn(H, D))
+        self.place_bias = nn.Parameter(0.02 * torch.randn(H, D))
+        self.out = nn.Linear(H * D, dim, bias=False)
+        self.scale = D**-0.5
+
+    def work(self, call: Call) -> Work:
+        H, D = self.qkv.heads, self.qkv.head_dim
+        L, M = self.recent.segment, self.recent.memory
+        slots = min(self.compressed, max(0, (call.context // L - self.lag) * self.per_block))
+        slot = call.batch * call.slot_bytes(self.qkv.kv_heads, 2 * D)
+        near = min(call.context, L + M)
+        return Work(
+            flops=2 * call.rows * products(self.qkv, self.out)
+            + 2 * 2 * D * (scores(self.recent, H, call) + call.rows * H * slots)
+            + self.relative.flops(call.rows * H, near + slots),
+            weights=values(self),
+            state_read=(near + slots) * slot,
+            state_written=min(call.tokens, L + M) * slot,
+        )
+
+    def kept_bytes(
+        self, batch: int, seen: Sequence[tuple[Reach, int]], itemsize: int, store: Store = Store()
+    ) -> int:
+        """Bytes of caches that have seen so many tokens or slots each."""
+        D = self.qkv.head_dim
+        size = itemsize if store.dtype is None else store.dtype.itemsize
+        slots = sum(Layout.of(reach, store).slots(count, store.capacity) for reach, count in seen)
+        return state_bytes(batch, slots, self.qkv.kv_heads, (D, D), size)
+
+    def slots_read(self, q: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Which slots (B, S) queries at q (B, T) read (B, 1, T, S), and how many slots away (B, T, S)."""
+        first = self.recent.first(q)[:, :, None]  # of the memory; slots hold what lies before it
+        end = torch.div(first, self.recent.segment, rounding_mode="floor") * self.per_block
+        away = q[:, :, None] - first + end - slot[:, None, :]
+        known = (slot >= 0)[:, None] & (q >= 0)[:, :, None]
+        read = known & (slot[:, None] < end) & (slot[:, None] >= end - self.compressed)
+        return read[:, None], away
 
 
 def projections(
@@ -150,6 +228,22 @@ def cut_views(views: Sequence[View], q: Tensor, keys: Keys) -> list[Sequence[Ten
     """The queries, keys and values of each view."""
     read = [view.keys for view in views]
     return [cut(q, [view.queries for view in views]), cut(keys.k, read), cut(keys.v, read)]
+
+
+def apart(pos: Positions, k_pos: Tensor, pattern: Pattern) -> list[Tensor]:
+    """How far back each key of each view lies, (B or 1, T, S); views that are alike share one tensor, which a
+    graph holds for as long as its scores."""
+    found: list[Tensor] = []
+    before: tuple[Tensor, Tensor] | None = None
+    for view in pos.once(_views, pos, k_pos, pattern, True):
+        rows = 1 if pos.start is not None and bool((view.k == view.k[:1]).all()) else len(view.q)
+        q, k = view.q[:rows], view.k[:rows]
+        first = q[:, :1]
+        places = (q - first, k - first)
+        alike = before is not None and all(torch.equal(a, b) for a, b in zip(before, places, strict=True))
+        found.append(found[-1] if alike else distances(q, k))
+        before = places
+    return found
 
 
 def distances(q: Tensor, k: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Runs of tokens out of a sequence, with a backward pass whose cost is that of the runs.
+"""Runs of tokens out of a sequence and back into one, with backward passes whose cost is that of the runs.
 
 The gradient of an ordinary slice is as long as the whole sequence, so slicing it run by run costs the square
-of its length in the backward pass.
+of its length in the backward pass, and adding runs to a sequence one by one costs it in the forward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,3 +38,31 @@ def cut(t: Tensor, runs: Sequence[slice]) -> Sequence[Tensor]:
     if len(runs) == 1 or not (torch.is_grad_enabled() and t.requires_grad):
         return [t[:, run] for run in runs]
     return _cut(t, runs)
+
+
+class _Lay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: int, runs: Sequence[slice], *pieces: Tensor) -> Tensor:
+        ctx.runs = runs
+        found = pieces[0].new_zeros(pieces[0].shape[0], tokens, *pieces[0].shape[2:])
+        for run, piece in zip(runs, pieces, strict=True):
+            found[:, run] += piece
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(grad[:, run] for run in ctx.runs)
+
+
+_lay: Callable[..., Tensor] = _Lay.apply
+
+
+def lay(pieces: Sequence[Tensor], runs: Sequence[slice], tokens: int) -> Tensor:
+    """The sum of pieces (B, length of the run, ...), each at its run of T = `tokens`: (B, T, ...).
+
+    What no run covers is 0.
+    """
+    if len(runs) == 1 and runs[0] == slice(0, tokens):
+        return pieces[0]
+    return _lay(tokens, runs, *pieces)

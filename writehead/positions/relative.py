@@ -48,7 +48,7 @@ class Relative(nn.Module):
 
         Args:
             q: (B, T, H, D), scaled and with its bias.
-            distance: (B, T, S) int64; pairs below 0 get any score, for a mask to remove.
+            distance: (B or 1, T, S) int64; pairs below 0 get any score, for a mask to remove.
             pos: the call, whose layers share the sinusoids.
 
         Returns:
@@ -64,7 +64,7 @@ class Relative(nn.Module):
             scores = mapped @ waves.T
         else:
             scores = torch.einsum("btgxd,ngd->bgxtn", groups, F.linear(waves, self.weight).view(N, G, D))
-        return scores.reshape(B, H, T, N).gather(3, index[:, None].expand(B, H, T, -1))
+        return scores.reshape(B, H, T, N).gather(3, index[:, None].expand(B, H, -1, -1))
 
     def flops(self, rows: int, farthest: int) -> int:
         """Operations of scoring `rows` queries (of all heads) against distances up to `farthest`."""
