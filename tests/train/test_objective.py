@@ -8,13 +8,14 @@ import torch
 from torch.nn import functional as F
 
 from writehead.config import ModelConfig
+from writehead.core.positions import Positions
 from writehead.model.decoder import Decoder
 from writehead.model.encoder import Encoder
 from writehead.model.seq2seq import Seq2Seq
 from writehead.train.batches import Batch
 from writehead.train.config import LossConfig, OptimConfig
 from writehead.train.objective import Objective, auxiliary, load_into, recompute
-from writehead.train.optim import make_optimizer, rate
+from writehead.train.optim import clip, make_optimizer, rate
 from writehead.train.rehearsal import Ledger, Rehearsal
 
 DECODER: dict[str, Any] = {"vocab": 11, "dim": 8, "depth": 2, "mixer": {"name": "mqa", "heads": 2}}
@@ -204,6 +205,38 @@ def test_the_rate_rises_over_the_warm_up_and_falls_as_its_schedule_says(
 ) -> None:
     config = OptimConfig(lr=1.0, warmup=10, schedule=schedule, final=0.1)
     assert {step: rate(step, config, 110) for step in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("most", [0.5, 5.0, math.inf])
+def test_gradients_are_shrunk_as_torch_does_and_left_where_they_are_small(most: float) -> None:
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(n)) for n in (3, 5)] for _ in range(2))
+    for a, b in zip(ours, theirs, strict=True):
+        a.grad = torch.randn(len(a))
+        b.grad = a.grad.clone()
+    assert clip(ours, most, lambda t: t) == torch.nn.utils.clip_grad_norm_(theirs, most).item()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("mixer", ["mqa", "longformer_causal", "routing"])
+@pytest.mark.parametrize("order", ["pre", "post", "parallel"])
+def test_training_without_states_is_the_call_from_the_empty_past(mixer: str, order: str) -> None:
+    stack = {"name": "residual", "order": order}
+    config = {**DECODER, "mixer": {"name": mixer, "heads": 2}, "stack": stack}
+    model, tokens = Decoder(ModelConfig.from_dict(config)).double().eval(), batch().tokens
+    x, _, _ = model.hidden(tokens, model.init_state(len(tokens)))
+    assert torch.allclose(model.whole(tokens)[0], x, atol=1e-12)
+
+
+def test_training_caches_nothing() -> None:
+    model, given, seen = Decoder(ModelConfig.from_dict(DECODER)), batch(), []
+    for block in model.blocks:
+        block.mixer.init_state = lambda *_, seen=seen: seen.append(1)
+    Objective(model, LossConfig())(given)
+    assert not seen
+    pos = Positions(torch.arange(7).expand(4, -1))
+    with pytest.raises(AttributeError):  # a call that keeps states asks for them
+        model.stack(model.embedding(given.tokens, pos), pos, ((None, None),) * 2)
+    assert seen
 
 
 def test_only_matrices_decay() -> None:

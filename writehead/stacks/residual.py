@@ -10,6 +10,7 @@ Differs   nothing
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,7 +49,11 @@ class Block(nn.Module):
         self.feedforward_norm = None if one_norm else make_norm(norm, dim, eps)
 
     def bind(self, of: Of = itself) -> Callable[..., tuple[Tensor, tuple[State, State], Aux]]:
-        mixer, mixer_norm, feed = of(self.mixer), of(self.mixer_norm), self._feed(of)
+        return self._around(of(self.mixer), of)
+
+    def _around(self, mixer: Callable[..., Any], of: Of) -> Callable[..., Any]:
+        """The layer, with a function that mixes as its mixer does."""
+        mixer_norm, feed = of(self.mixer_norm), self._feed(of)
         cross = None
         if self.cross is not None and self.cross_norm is not None:
             cross = (of(self.cross), of(self.cross_norm))
@@ -75,6 +80,18 @@ class Block(nn.Module):
     ) -> tuple[Tensor, tuple[State, State], Aux]:
         """x (B, T, X) -> the same after this layer, the layer's state, auxiliary values."""
         return self.bind()(x, pos, state)
+
+    def whole(self, x: Tensor, pos: Positions, state: tuple[State, State]) -> tuple[Tensor, Aux]:
+        """`forward` from the empty past without a state after, which a mixer with a `whole` does not make."""
+        method = getattr(self.mixer, "whole", None)
+
+        def mix(x: Tensor, pos: Positions, state: State) -> tuple[Tensor, State, Aux]:
+            assert method is not None
+            y, aux = method(x, pos)
+            return y, None, aux
+
+        y, _, aux = self._around(self.mixer if method is None else mix, itself)(x, pos, state)
+        return y, aux
 
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """The bidirectional form: no state."""
@@ -176,8 +193,11 @@ class Residual(nn.Module):
 
     def whole(self, x: Tensor, pos: Positions, state: tuple[State, ...]) -> tuple[Tensor, Aux]:
         """The same from the empty past for whoever wants no state after."""
-        y, _, aux = self(x, pos, state)
-        return y, aux
+        aux = NOTHING
+        for block, own in zip(self.blocks, state, strict=True):
+            x, more = block.whole(x, pos, own)  # type: ignore[operator]
+            aux = merge_aux(aux, more)
+        return self.norm(x), aux
 
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """The bidirectional form: x (B, T, X) -> the stack's output and auxiliary values."""

@@ -131,7 +131,7 @@ def recompute(model: Model) -> None:
     halves = [model.encoder, model.decoder] if isinstance(model, Seq2Seq) else [model]
     stacks = [half.stack for half in halves if not isinstance(half.stack, Reversible)]
     for block in (block for stack in stacks for block in cast(Any, stack).blocks):
-        for name in ("forward", "encode"):
+        for name in ("forward", "encode", "whole"):
             setattr(block, name, _Recomputed(block, getattr(block, name)))
 
 
