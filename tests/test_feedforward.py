@@ -60,6 +60,18 @@ def test_activations_are_torchs(name):
     assert torch.equal(ACTIVATIONS["gelu_tanh"](x), nn.GELU(approximate="tanh")(x))
 
 
+def test_the_gradient_of_rms_norm_made_by_hand_is_the_slope_and_has_a_gradient_itself():
+    norm, x = RMS(5, 1e-3).double(), torch.randn(2, 3, 5).double().requires_grad_()
+    with torch.no_grad():
+        norm.weight.normal_()
+
+    def run(x, weight):
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    assert torch.autograd.gradcheck(run, (x, norm.weight))
+    assert torch.autograd.gradgradcheck(run, (x, norm.weight))
+
+
 def test_rms_norm_is_torchs_with_gradients_and_computes_in_float32():
     ours, theirs = RMS(16, 1e-3).double(), nn.RMSNorm(16, 1e-3).double()
     with torch.no_grad():

@@ -55,7 +55,7 @@ def test_deep_models_follow_from_shallower_ones(monkeypatch: pytest.MonkeyPatch)
 def test_long_sequences_follow_from_shorter_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     config, setting = ModelConfig(**{**SMALL, "position": {"name": "t5"}}), Setting(1, 256)
     whole = predict(config, setting)
-    monkeypatch.setattr(memory, "LONG", 64)
+    monkeypatch.setattr(memory, "LONG", 128)
     assert predict(config, setting).most == pytest.approx(whole.most, rel=0.05)
 
 

@@ -79,8 +79,8 @@ class Dense(nn.Module):
             return outer(activate(inner(x))), NOTHING
 
         def gated(x: Tensor) -> tuple[Tensor, Aux]:
-            h = inner(x)
-            return outer(activate(h.narrow(-1, 0, width)) * h.narrow(-1, width, width)), NOTHING
+            gate, h = inner(x).split(width, -1)  # one gradient, where two slices make two padded ones
+            return outer(activate(gate) * h), NOTHING
 
         return gated if self.gated else plain
 

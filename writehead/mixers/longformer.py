@@ -178,6 +178,10 @@ class Longformer(Softmax):
 
         return run
 
+    def whole(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
+        y, _, aux = self(x, pos)
+        return y, aux
+
     def encode(self, x: Tensor, pos: Positions, marked: Tensor | None = None) -> tuple[Tensor, Aux]:
         """The bidirectional form.
 

@@ -122,6 +122,10 @@ class Softmax(nn.Module):
         y = self._attend(self.pattern)(q, Keys(k, v, pos.index), pos)
         return self.out(y.flatten(2)), NOTHING
 
+    def whole(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
+        """`forward` from the empty past for whoever wants no state after: nothing is cached."""
+        return Softmax.encode(self, x, pos)
+
     def pattern_for(self, length: int) -> Pattern:
         """Who may read whom in a sequence of `length` tokens."""
         return self.pattern

@@ -101,6 +101,12 @@ class Embedding(nn.Module):
         """x (..., X) -> (..., V)."""
         return self.bind_logits()(x)
 
+    def head(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """y (..., X), weight (V, X) and bias (V,) or None of which `logits` is y weight^T + bias."""
+        y = x if self.transform is None else self.transform(x)
+        y = y if self.logit_scale == 1 else y * self.logit_scale
+        return y, self.table if self.output is None else self.output, self.bias
+
 
 class Transform(nn.Module):
     """What stands before the output matrix of BERT and its kin: a dense layer, an activation, a LayerNorm."""

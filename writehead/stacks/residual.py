@@ -10,7 +10,9 @@ Differs   nothing
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,11 +51,15 @@ class Block(nn.Module):
         self.feedforward_norm = None if one_norm else make_norm(norm, dim, eps)
 
     def bind(self, of: Of = itself) -> Callable[..., tuple[Tensor, tuple[State, State], Aux]]:
-        mixer, mixer_norm, feed = of(self.mixer), of(self.mixer_norm), self._feed(of)
+        return self._around(of(self.mixer), of)
+
+    def _around(self, mixer: Callable[..., Any], of: Of) -> Callable[..., Any]:
+        """The layer, with a function that mixes as its mixer does."""
+        mixer_norm, feed = of(self.mixer_norm), self._feed(of)
         cross = None
         if self.cross is not None and self.cross_norm is not None:
             cross = (of(self.cross), of(self.cross_norm))
-        post, drop = self.order == "post", self._drop
+        post, add = self.order == "post", self._add
 
         def run(
             x: Tensor, pos: Positions, state: tuple[State, State]
@@ -62,7 +68,7 @@ class Block(nn.Module):
             h = x if post else mixer_norm(x)
             y, own, aux = mixer(h, pos, own)
             if cross is not None:
-                x = mixer_norm(x + drop(y)) if post else x + drop(y)
+                x = mixer_norm(add(x, y)) if post else add(x, y)
                 h = x if post else cross[1](x)
                 y, memory, more = cross[0](h, pos, memory)
                 aux = merge_aux(aux, more)
@@ -77,6 +83,18 @@ class Block(nn.Module):
         """x (B, T, X) -> the same after this layer, the layer's state, auxiliary values."""
         return self.bind()(x, pos, state)
 
+    def whole(self, x: Tensor, pos: Positions, state: tuple[State, State]) -> tuple[Tensor, Aux]:
+        """`forward` from the empty past without a state after, which a mixer with a `whole` does not make."""
+        method = getattr(self.mixer, "whole", None)
+
+        def mix(x: Tensor, pos: Positions, state: State) -> tuple[Tensor, State, Aux]:
+            assert method is not None
+            y, aux = method(x, pos)
+            return y, None, aux
+
+        y, _, aux = self._around(self.mixer if method is None else mix, itself)(x, pos, state)
+        return y, aux
+
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """The bidirectional form: no state."""
         h = x if self.order == "post" else self.mixer_norm(x)
@@ -86,31 +104,37 @@ class Block(nn.Module):
 
     def _feed(self, of: Of) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Aux]]:
         """The rest of the layer, from its input x, what the last sublayer read (h) and what it gave (y)."""
-        feedforward, before, drop = of(self.feedforward), of(self.mixer_norm), self._drop
+        feedforward, before, add = of(self.feedforward), of(self.mixer_norm), self._add
         if self.cross_norm is not None:
             before = of(self.cross_norm)
         norm = None if self.feedforward_norm is None else of(self.feedforward_norm)
 
         def parallel(x: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Aux]:
             z, aux = feedforward(h if norm is None else norm(x))
-            return x + drop(y + z), aux
+            return add(x, y + z), aux
 
         def pre(x: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Aux]:
             assert norm is not None
-            x = x + drop(y)
+            x = add(x, y)
             y, aux = feedforward(norm(x))
-            return x + drop(y), aux
+            return add(x, y), aux
 
         def post(x: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Aux]:
             assert norm is not None
-            x = before(x + drop(y))
+            x = before(add(x, y))
             y, aux = feedforward(x)
-            return norm(x + drop(y)), aux
+            return norm(add(x, y)), aux
 
         return {"parallel": parallel, "pre": pre, "post": post}[self.order]
 
-    def _drop(self, y: Tensor) -> Tensor:
-        return F.dropout(y, self.dropout) if self.training and self.dropout else y
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + dropout(y), whose factors are those that torch's function draws, in one pass."""
+        if not (self.training and self.dropout):
+            return x + y
+        if x.dtype != y.dtype:
+            return x + F.dropout(y, self.dropout)
+        kept = torch.empty_like(y).bernoulli_(1 - self.dropout)
+        return torch.addcmul(x, y, kept, value=1 / (1 - self.dropout))
 
 
 class Residual(Layers):
@@ -177,8 +201,11 @@ class Residual(Layers):
 
     def whole(self, x: Tensor, pos: Positions, state: tuple[State, ...]) -> tuple[Tensor, Aux]:
         """The same from the empty past for whoever wants no state after."""
-        y, _, aux = self(x, pos, state)
-        return y, aux
+        aux = NOTHING
+        for block, own in zip(self.blocks, state, strict=True):
+            x, more = block.whole(x, pos, own)  # type: ignore[operator]
+            aux = merge_aux(aux, more)
+        return self.norm(x), aux
 
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """The bidirectional form: x (B, T, X) -> the stack's output and auxiliary values."""

@@ -24,7 +24,7 @@ from writehead.train import carry, checkpoint
 from writehead.train.config import RunConfig
 from writehead.train.data import Data
 from writehead.train.objective import Model, Objective, load_into
-from writehead.train.optim import rate, set_rate, state_of
+from writehead.train.optim import clip, rate, set_rate, state_of
 from writehead.train.order import mix
 from writehead.train.parallel import Team, whole
 from writehead.train.report import Reporter, memory_bytes
@@ -139,7 +139,7 @@ class Trainer:
             loss, nll, right = loss + sums.loss.item(), nll + sums.nll.item(), right + sums.right.item()
             self.meter.read += piece.read
         loss, nll, right, stops = team.sum(loss, nll, right, float(self._asked))
-        norm = whole(nn.utils.clip_grad_norm_(self.wrapped.parameters(), loop.clip or math.inf)).item()
+        norm = clip(self.wrapped.parameters(), loop.clip or math.inf, whole)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(self._advice(loss / targets, norm))
         self.optimizer.step()

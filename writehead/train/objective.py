@@ -5,7 +5,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from writehead.core.positions import Positions
@@ -17,7 +16,7 @@ from writehead.model.decoder import Decoder
 from writehead.model.encoder import Encoder
 from writehead.model.parts import weights
 from writehead.model.seq2seq import Seq2Seq
-from writehead.ops.chunked_loss import in_pieces
+from writehead.ops.chunked_loss import Terms, head_loss, in_pieces, loss_of
 from writehead.stacks.reversible import Reversible
 from writehead.train.batches import Batch
 from writehead.train.config import LossConfig
@@ -31,7 +30,7 @@ class Sums(NamedTuple):
     Attributes:
         loss: what is minimised.
         nll: negative log-likelihood in nats, without gradient.
-        right: targets that were the likeliest.
+        right: targets that were likelier than any other token.
     """
 
     loss: Tensor
@@ -75,33 +74,23 @@ class Objective(nn.Module):
             x = x[torch.arange(len(x), device=x.device), (batch.tokens >= 0).sum(1) - 1]
         return x[:, None], aux
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """x (B, T, X) -> float logits of all its targets, (B T, V or classes)."""
-        half = self.model.decoder if isinstance(self.model, Seq2Seq) else self.model
-        logits = half.embedding.logits(x).flatten(0, 1)
-        return (logits[:, self.choices] if len(self.choices) else logits).float()  # type: ignore[arg-type, index]
-
     def _sums(self, x: Tensor, target: Tensor, aux: Aux) -> Sums:
         """Sums over the targets of cross-entropy and what the config adds to it."""
-        chunk = self.loss.chunk
-        loss, nll, right = in_pieces(self._piece, x, target, chunk) if chunk else self._piece(x, target)
-        return Sums(loss + auxiliary(aux, self.loss.aux) * (target >= 0).sum(), nll.detach(), right)
-
-    def _piece(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, negative log-likelihood and hits of x (B, T, X), summed over its targets (B, T)."""
-        logits, target = self._logits(x), target.flatten()
-        if self.loss.label_smoothing or self.loss.z_loss:
-            whole, valid = logits.logsumexp(-1), target >= 0
-            each = whole - logits.gather(-1, target.clamp_min(0)[:, None])[:, 0]
-            nll = each[valid].sum()
-            smooth = self.loss.label_smoothing
-            spread = (whole - logits.mean(-1))[valid].sum()
-            loss = (1 - smooth) * nll + smooth * spread + self.loss.z_loss * whole[valid].square().sum()
+        half = self.model.decoder if isinstance(self.model, Seq2Seq) else self.model
+        terms, chunk = Terms(self.loss.label_smoothing, self.loss.z_loss), self.loss.chunk
+        head = getattr(half.embedding, "head", None)
+        if head is not None:
+            x, weight, bias = head(x)
+            if len(self.choices):  # type: ignore[arg-type]
+                weight, bias = (None if t is None else t[self.choices] for t in (weight, bias))
+            loss, nll, right = head_loss(x, weight, bias, target, terms, chunk)
         else:
-            loss = nll = F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
-        with torch.no_grad():
-            right = (logits.argmax(-1) == target).sum()
-        return loss, nll, right
+
+            def piece(part: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                return loss_of(half.embedding.logits(part), wanted, terms)
+
+            loss, nll, right = in_pieces(piece, x, target, chunk) if chunk else piece(x, target)
+        return Sums(loss + auxiliary(aux, self.loss.aux) * (target >= 0).sum(), nll, right)
 
 
 def auxiliary(aux: Aux, weights: Mapping[str, float]) -> Tensor | float:
@@ -142,7 +131,7 @@ def recompute(model: Model) -> None:
     halves = [model.encoder, model.decoder] if isinstance(model, Seq2Seq) else [model]
     stacks = [half.stack for half in halves if not isinstance(half.stack, Reversible)]
     for block in (block for stack in stacks for block in cast(Any, stack).blocks):
-        for name in ("forward", "encode"):
+        for name in ("forward", "encode", "whole"):
             setattr(block, name, _Recomputed(block, getattr(block, name)))
 
 

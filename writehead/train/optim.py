@@ -25,7 +25,7 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfi
     if config.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=config.lr)
     first, second = config.betas or (0.9, 0.95)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps or 1e-8)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps or 1e-8, fused=True)
 
 
 def rate(step: int, config: OptimConfig, steps: int) -> float:
@@ -52,6 +52,25 @@ def set_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Give all parameters a learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def clip(parameters: Iterable[nn.Parameter], most: float, whole: Callable[[Tensor], Tensor]) -> float:
+    """Shrink gradients whose norm is above `most` to it; most steps have none, and pass over them once less.
+
+    Args:
+        parameters: their gradients count as one vector.
+        most: inf = leave them.
+        whole: puts a tensor that processes share together.
+
+    Returns:
+        The norm before, which may be no number.
+    """
+    there = [p for p in parameters if p.grad is not None]
+    total = nn.utils.get_total_norm([p.grad for p in there if p.grad is not None])
+    norm = whole(total).item()
+    if norm > most - 1e-5:  # torch's function shrinks by most / (norm + 1e-6)
+        nn.utils.clip_grads_with_norm_(there, most, total)
+    return norm
 
 
 def state_of(

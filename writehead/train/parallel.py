@@ -65,7 +65,9 @@ class Team:
                     fully_shard(block.cross, mesh=mesh)
                     register_fsdp_forward_method(block.cross, "remember")
                 fully_shard(block, mesh=mesh)
-                register_fsdp_forward_method(block, "encode")
+                for name in ("encode", "whole"):
+                    if hasattr(block, name):
+                        register_fsdp_forward_method(block, name)
         return cast(nn.Module, fully_shard(objective, mesh=mesh))
 
     @contextmanager
