@@ -104,6 +104,42 @@ def test_each_channel_has_levels_of_its_own():
     assert [int((made.table == row).all(1).nonzero()) for row in x[1:]] == [1, 6, 11, 1]
 
 
+@pytest.mark.parametrize("patch", [None, [2, 3], [2, 2]])
+@pytest.mark.parametrize("name", ["categorical", "logistics"])
+def test_a_colour_image_has_the_probability_of_its_formula_with_gradients(name, patch):
+    beside = {} if patch is None else {"patch": patch}
+    made = model(
+        vocab=6,
+        position={"name": "grid", "shape": [4, 2, 3] if patch is None else [4, 6], **beside},
+        pixels={**IMAGE, "name": name, "width": 2, "channels": 3, **beside},
+    )
+    frame, parameters = made.embedding.frame, list(made.parameters())
+    image = torch.randint(0, 256, (4, 2, 3), dtype=torch.uint8)
+    read, said = paper.inputs(image.tolist(), 5, None if patch is None else tuple(patch))
+    target = frame.tokens(image[None])
+    assert target[0].tolist() == said
+    logits, _ = made(torch.cat([torch.tensor([[frame.start]]), target[:, :-1]], 1))
+    ours = F.cross_entropy(logits[0], target[0], reduction="sum")
+    pos = Positions.range(1, 0, 24)
+    x = made.embedding.table[read][None] + made.embedding.position.embed(pos, torch.float64)
+    y, _ = made.stack.whole(x, pos, ((None, None),) * 2)
+    if name == "categorical":
+        theirs = F.cross_entropy(y[0] @ made.embedding.output.T, torch.tensor(said), reduction="sum")
+    else:
+        each = (y[0] @ made.embedding.output.T).unflatten(-1, (3, 10)) + made.embedding.shift
+        found = [
+            paper.mixture(*(part.tolist() for part in one), level, 5)
+            for one, level in zip(each, said, strict=True)
+        ]
+        assert ours.item() == pytest.approx(-sum(map(math.log, found)), rel=1e-9)
+        theirs = -log_levels(each, 5).gather(-1, torch.tensor(said)[:, None]).sum()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("law", ["split", "causal", "padding", "select"])
 def test_a_decoder_in_two_dimensions_obeys_the_laws(law):
     made = model(

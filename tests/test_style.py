@@ -24,7 +24,7 @@ ROOMS = (
     ("version",),
     ("core",),
     ("mixer", "stack", "catalog", "ops"),
-    ("positions", "config"),
+    ("positions", "config", "presets"),
     ("mixers", "feedforward"),
     ("stacks",),
     ("model",),

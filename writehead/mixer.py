@@ -51,7 +51,11 @@ class CausalMixer(Protocol):
 
 
 class EncoderMixer(Protocol):
-    """Mixes all positions at once. A class offers `encode`, `forward`, or both."""
+    """Mixes all positions at once. A class offers `encode`, `forward`, or both.
+
+    A class may say `reads`, the names in `pos.streams` that callers may give it, and `ordered = True`: it
+    tells the order of tokens itself, so that a model needs no position scheme.
+    """
 
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """x (B, T, X), padding at position -1 -> y (B, T, X) and auxiliary values."""

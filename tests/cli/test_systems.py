@@ -64,3 +64,13 @@ def test_arguments_are_those_that_a_config_may_set() -> None:
         "max_distance",
         "bidirectional",
     ]
+
+
+@pytest.mark.slow
+def test_presets_show_their_parameters_beside_the_published_ones() -> None:
+    found = {one["name"]: one for one in json.loads(run(app, ["systems", "--presets", "--json"]).stdout)}
+    assert found["etc-base"]["published"] == 166_000_000
+    assert found["etc-base"]["parameters"] == pytest.approx(166e6, rel=0.01)
+    text = run(app, ["systems", "--presets"]).stdout
+    assert "etc-large" in text
+    assert "exterior encoder" in text

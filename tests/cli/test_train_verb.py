@@ -120,6 +120,7 @@ def test_a_dry_run_says_what_the_run_costs(run: Run, config: str, tmp_path: Path
     [
         (["train"], 2, "--out DIR is needed"),
         (["train", "none.yaml", "--out", "x"], 2, "there is no config 'none.yaml'; write overrides as key=value"),
+        (["train", "etc-toi", "--out", "x"], 2, "did you mean 'etc-toy'?; write overrides as key=value (presets: sparse-enwik8, "),
         (["train", "a.yaml", "b.yaml", "--out", "x"], 2, "'b.yaml' is neither the only CONFIG nor key=value"),
         (["train", "optim.lrr=1", "--out", "x"], 1, "unknown key of optim 'lrr'; did you mean 'lr'?"),
         (["train", "data.train=nowhere", "--out", "x"], 1, "there is no 'nowhere'"),
@@ -193,7 +194,7 @@ def test_an_example_loads_and_steps(
     digits = np.random.default_rng(0).integers(0, 256, (2, 12, 28, 28), np.uint8)
     np.savez(tmp_path / "mnist.npz", x_train=digits[0], x_test=digits[1])
     given = read_values(path)
-    assert set(given) <= {"model", "data", "optim", "loss", "loop", "report"}
+    assert set(given) <= {"model", "data", "masks", "optim", "loss", "loop", "report"}
     over = ["loop.steps=2", "data.batch=4", "report.eval_batches=1", "report.sample_tokens=4"]
     if given["data"]["train"] == ["stdlib"]:
         over.append("data.train=stdlib.txt")

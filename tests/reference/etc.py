@@ -17,7 +17,8 @@ def etc(
     """x (N, X), the first g tokens global -> (N, X).
 
     `long` and `first` hold q (H, D, X), k, v (G, D, X), qb (H, D), kb, vb (G, D), out (X, H D), ob (X), and
-    vectors (H, labels, D), biases (H, labels); owner[j] is the global token of long token j (from 0), -1 none.
+    vectors (H, labels, D), biases (H, labels), and lk, lv (G, D, X), lkb, lvb (G, D): keys and values for
+    readers of the other kind; owner[j] is the global token of long token j (from 0), -1 none.
     """
     H, D, _ = long["q"].shape
     ys = []
@@ -41,10 +42,11 @@ def etc(
                     r = 2 * clip + 1 + (owner[b] == a)
                     if hard and i < g and i > 0 and owner[b] != a:
                         continue
-                k = theirs["k"][kv] @ x[j] + theirs["kb"][kv]
+                lent = "" if same else "l"
+                k = theirs[f"{lent}k"][kv] @ x[j] + theirs[f"{lent}kb"][kv]
                 score = q @ k + q @ mine["vectors"][h, r] + mine["biases"][h, r]
                 scores.append(score / math.sqrt(D))
-                read.append(theirs["v"][kv] @ x[j] + theirs["vb"][kv])
+                read.append(theirs[f"{lent}v"][kv] @ x[j] + theirs[f"{lent}vb"][kv])
             heads.append(torch.softmax(torch.stack(scores), 0) @ torch.stack(read))
         ys.append(mine["out"] @ torch.cat(heads) + mine["ob"])
     return torch.stack(ys)

@@ -32,3 +32,23 @@ def mixture(logits: list[float], means: list[float], scales: list[float], level:
         low = 0.0 if level == 0 else below(value - step / 2, mean, scale)
         found += math.exp(a) / total * (high - low)
     return found
+
+
+def inputs(image: list, levels: int, patch: tuple[int, int] | None) -> tuple[list[int], list[int]]:
+    """What a model of a colour image reads, and what it must say, position by position.
+
+    Args:
+        image: bytes by row, column and channel.
+        levels: L; tables hold L rows for each channel, and one for the beginning behind them.
+        patch: rows and columns of the blocks in which positions run, a channel being a column.
+
+    Returns:
+        The row of the table that each position reads, and the level that it predicts.
+    """
+    height, width, channels = len(image), len(image[0]), len(image[0][0])
+    said = []
+    for row, column in order(height, width * channels, patch):
+        channel = column % channels
+        said.append((channel, image[row][column // channels][channel] * levels // 256))
+    read = [channels * levels] + [channel * levels + level for channel, level in said[:-1]]
+    return read, [level for _, level in said]

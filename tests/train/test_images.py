@@ -172,6 +172,36 @@ def test_the_verbs_train_score_and_draw(file: Path, tmp_path: Path, capsys: Any)
     assert run("evaluate", f"{out}/latest", f"{file}:x_test", "--window", "8")[0] == 2
 
 
+@pytest.mark.slow
+def test_images_in_colour_are_learned_scored_and_drawn(tmp_path: Path, capsys: Any) -> None:
+    tint = np.random.default_rng(3).integers(0, 4, (30, 1, 1, 1)) * 85
+    colours = np.broadcast_to(np.concatenate([tint, 255 - tint, tint], 3), (30, 3, 4, 3)).astype(np.uint8)
+    np.savez(tmp_path / "colour.npz", x_train=colours[:24], x_test=colours[24:])
+    run = given(tmp_path / "colour.npz", optim={"lr": 0.02, "warmup": 2}, loop={"steps": 60})
+    run["report"]["eval_every"] = 0
+    run["model"] |= {
+        "mixer": {"name": "image_1d", "heads": 2, "block": 12, "memory": 12},
+        "position": {"name": "grid", "shape": [3, 4, 3]},
+        "pixels": {**PIXELS, "channels": 3},
+    }
+    found = load(train(run, tmp_path / "run"))
+    files = [(f"{tmp_path / 'colour.npz'}:{name}",) for name in ("x_test", "x_train")]
+    score = bits_per_dim(found.model, files[0], counted=files[1], batch=4)
+    assert score.dims == 36
+    assert score.baseline is not None
+    assert score.per_dim < 0.5 * score.baseline
+    picture = tmp_path / "drawn.png"
+    with pytest.raises(SystemExit):
+        app(["sample", str(tmp_path / "run"), "--out", str(picture), "--count", "2", "--seed", "4"])
+    drawn, _ = draw_images(found.model, 2, seed=4)
+    shown = np.asarray(Image.open(picture))
+    assert np.array_equal(shown[2:8:2, 2:10:2], drawn[0])
+    capsys.readouterr()
+    red, green, blue = drawn.float().unbind(-1)
+    assert (red - (255 - green)).abs().mean() < 40, "a drawn pixel's channels belong together"
+    assert (red - blue).abs().mean() < 40
+
+
 CONFIGS = [
     ({"data": {"length": 8}}, "data.length is not for images, whose size and levels are model.pixels"),
     ({"data": {"fields": ["image"]}}, "data.fields is not for images"),

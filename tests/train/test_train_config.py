@@ -42,7 +42,7 @@ def test_overrides_leave_what_they_start_from_alone() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["optm.lr=1"], r"unknown key 'optm'; did you mean 'optim'\? \(accepted: data, loop, loss, model, optim"),
+        (["optm.lr=1"], r"unknown key 'optm'; did you mean 'optim'\? \(accepted: data, loop, loss, masks, model, optim"),
         (["optim.lrr=1"], r"unknown key of optim 'lrr'; did you mean 'lr'\?"),
         (["optim.lr=fast"], "optim.lr must be a number; got 'fast'"),
         (["optim.lr=-1"], "optim.lr=-1 must be at least 0"),
@@ -108,4 +108,4 @@ def test_yaml_runs_no_code(tmp_path: Path) -> None:
 def test_a_section_of_plain_values_says_all_defaults() -> None:
     values: dict[str, Any] = RunConfig().to_dict()
     assert values["optim"]["warmup"] == RunConfig().optim.warmup
-    assert set(values) == {"seed", "model", "data", "loss", "optim", "loop", "report"}
+    assert set(values) == {"seed", "model", "data", "masks", "loss", "optim", "loop", "report"}

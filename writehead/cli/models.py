@@ -11,8 +11,8 @@ def config_of(name: str) -> "ModelConfig":
     """The config of a model.
 
     Args:
-        name: "smollm2", a folder with a config.json (ours or Hugging Face's), a config as JSON or YAML, or a
-            FILE.gguf, of which only the header is read.
+        name: "smollm2", a preset, a folder with a config.json (ours or Hugging Face's), a config as JSON or
+            YAML, or a FILE.gguf, of which only the header is read.
 
     Raises:
         ValueError: no such model, or a file that does not describe one; the message names it.
@@ -21,8 +21,11 @@ def config_of(name: str) -> "ModelConfig":
     from writehead.convert.gguf import open_gguf
     from writehead.convert.gguf_llama import read_config
     from writehead.convert.load import find
+    from writehead.presets import PRESETS
 
     path = Path(name)
+    if name in PRESETS and not path.exists():
+        return PRESETS[name].config
     if path.suffix in (".yaml", ".yml") and path.exists():
         return _ours(path)
     if path.suffix == ".json" and path.exists():

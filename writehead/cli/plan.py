@@ -40,7 +40,7 @@ class Optimizer(StrEnum):
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="smollm2, a model folder, a config (JSON, YAML), or a FILE.gguf.")
+        str, typer.Argument(help="smollm2, a preset, a model folder, a config (JSON, YAML), or a FILE.gguf.")
     ],
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens in each row, the new one included.")

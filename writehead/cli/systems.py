@@ -1,7 +1,7 @@
 """`writehead systems`: the catalog as a table, and as the page docs/systems.md."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ def command(
     family: Annotated[str | None, typer.Option(help="Only this family of systems.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", hidden=True, help="Print docs/systems.md.")] = False,
+    presets: Annotated[
+        bool, typer.Option("--presets", help="Papers' runs that train and plan take by name, instead.")
+    ] = False,
     gallery: Annotated[
         Path | None, typer.Option(metavar="PAGE.md", help="Write a page with pictures of all fixed patterns.")
     ] = None,
@@ -29,6 +32,9 @@ def command(
 
         for path in write(gallery):
             typer.echo(f"wrote {path}")
+        return
+    if presets:
+        show_presets(as_json)
         return
     families = {row.family for rows in TABLES.values() for row in rows.values()}
     if family is not None:
@@ -56,6 +62,36 @@ def command(
             for row in rows:
                 screen.print(f"{row.name}: {row.summary}", style="dim", soft_wrap=True)
         screen.print()
+
+
+def show_presets(as_json: bool) -> None:
+    """Print the presets: their parameters beside the published ones."""
+    from writehead.cli.output import console, count, print_json, table
+    from writehead.costs import parameters, skeleton
+    from writehead.presets import PRESETS
+
+    found: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "paper": preset.paper,
+            "parameters": parameters(skeleton(preset.config)),
+            "published": None if preset.published is None else preset.published * 10**6,
+            "differs": preset.differs,
+            "run": preset.run,
+        }
+        for name, preset in PRESETS.items()
+    ]
+    if as_json:
+        print_json(found)
+        return
+    grid, screen = table("preset", "parameters", "published", "paper"), console()
+    for one in found:
+        published = "" if one["published"] is None else count(int(one["published"]))
+        grid.add_row(one["name"], count(one["parameters"]), published, one["paper"])
+    screen.print(grid)
+    for one in found:
+        if one["differs"]:
+            screen.print(f"{one['name']}: {one['differs']}", style="dim", soft_wrap=True)
 
 
 def row_dict(row: object) -> dict[str, object]:

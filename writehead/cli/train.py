@@ -1,5 +1,7 @@
 """`writehead train`: train a model on texts, labelled texts or pairs, and resume where it stopped."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +16,8 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG] [KEY=VALUE]...",
-            help="A run as YAML (default: a small model of Python's own sources); keys over it: optim.lr=0.1",
+            help="A run as YAML or a preset such as etc-toy (default: a small model of Python's own sources);"
+            " keys over it: optim.lr=0.1",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of checkpoints and logs.")] = None,
@@ -58,6 +61,7 @@ def command(
 
 def _run(arguments: list[str], out: Path | None) -> "RunConfig":
     """The run that the arguments describe; one that is resumed without a CONFIG is the folder's own."""
+    from writehead.presets import PRESETS
     from writehead.train.config import RunConfig, override, read_values
 
     files = [a for a in arguments if "=" not in a]
@@ -65,14 +69,25 @@ def _run(arguments: list[str], out: Path | None) -> "RunConfig":
         raise typer.BadParameter(f"{files[1]!r} is neither the only CONFIG nor key=value")
     if files:
         path = Path(files[0])
-        if not path.is_file():
-            raise typer.BadParameter(f"there is no config {files[0]!r}; write overrides as key=value")
-        values = read_values(path)
+        if path.is_file():
+            values = read_values(path)
+        elif files[0] in PRESETS:
+            values = PRESETS[files[0]].run
+        else:
+            raise typer.BadParameter(
+                f"there is no config {files[0]!r}{_nearest(files[0], PRESETS)}; write overrides as key=value "
+                f"(presets: {', '.join(PRESETS)})"
+            )
     elif out is not None and (out / "run.yaml").is_file():
         values = read_values(out / "run.yaml")
     else:
         values = RunConfig().to_dict()
     return RunConfig.from_dict(override(values, [a for a in arguments if "=" in a]))
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _dry_run(run: "RunConfig") -> None:

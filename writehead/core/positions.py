@@ -20,7 +20,8 @@ class Positions:
 
     Attributes:
         index: (B, T) int64, -1 = padding; within a row the positions of real tokens rise.
-        streams: what layers of one call hand on by name beside x, such as Luna's slots.
+        streams: what goes by name from layer to layer beside x: handed on by layers, such as Luna's slots, or
+            said of the tokens by the caller, such as ETC's owners.
     """
 
     def __init__(self, index: Tensor) -> None:

@@ -9,9 +9,9 @@ Equation  score(i, j) = (q_i . k_j + q_i . a_r + b_r) D^-1/2, r = r(i, j) the la
 State     none: an encoder
 Cost      whole sequence O(g (g + L) + L (g + 2 radius + 1)) for g global and L long tokens
 Decodes   no: global tokens read all that follows
-Differs   the global tokens are the first of one sequence; a token's key and value are the same for every
-          reader; without `owners` each `span` long tokens in a row belong to one global token; examples are
-          not packed into rows; the model's position scheme is added, where the paper has labels only
+Differs   the global tokens are the first of one sequence; without owners (`Encoder` takes them) each `span`
+          long tokens in a row belong to one global token; examples are not packed into rows; both kinds share
+          the stack's norms; a position scheme of the model is added to the labels, which need none (`none`)
 """
 
 import torch
@@ -20,10 +20,12 @@ from torch.nn import functional as F
 
 from writehead.core.heads import QKV
 from writehead.core.positions import Positions
-from writehead.core.shapes import check_shape
+from writehead.core.shapes import check_choice, check_shape
 from writehead.core.work import Call, Work, products, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.whole import _places, _spread
+
+PROJECTIONS = ("pieces", "kinds", "shared")
 
 
 class Labels(nn.Module):
@@ -51,7 +53,14 @@ class Labels(nn.Module):
 
 
 class ETC(nn.Module):
-    """Bidirectional attention of global and long tokens."""
+    """Bidirectional attention of global and long tokens.
+
+    `pos.streams["owners"]`, where it is, is (B, T) int64: the position of the global token to which each long
+    token belongs (the sentence of a word), -1 = none.
+    """
+
+    reads = ("owners",)
+    ordered = True
 
     def __init__(
         self,
@@ -63,7 +72,7 @@ class ETC(nn.Module):
         clip: int = 12,
         tokens: int = 64,
         span: int = 64,
-        shared: bool = False,
+        projections: str = "pieces",
         hard: bool = False,
     ) -> None:
         """Make the mixer.
@@ -75,12 +84,14 @@ class ETC(nn.Module):
             radius: long tokens read so many on each side.
             clip: farther away, distances have one label.
             tokens: g, how many tokens at the beginning are global.
-            span: so many long tokens belong to a global one, unless `encode` is told otherwise.
-            shared: global and long tokens have the same projections.
+            span: so many long tokens belong to a global one, unless owners are given.
+            projections: "pieces": global and long tokens have their own, and keys and values of their own for
+                readers of the other kind, as in the paper; "kinds": their own; "shared": the same.
             hard: a global token but the first reads only the long tokens that belong to it.
 
         Raises:
-            ValueError: a size below 1 (the radius below 0), or numbers of heads that do not divide.
+            ValueError: a size below 1 (the radius below 0), numbers of heads that do not divide, or unknown
+                projections.
         """
         super().__init__()
         if radius < 0 or min(clip, tokens, span) < 1:
@@ -88,11 +99,15 @@ class ETC(nn.Module):
                 f"radius={radius}, clip={clip}, tokens={tokens}, span={span}: radius must be at least 0, the "
                 "others 1"
             )
+        check_choice("projections", projections, PROJECTIONS)
         self.radius, self.tokens, self.span, self.hard = radius, tokens, span, hard
         self.qkv = QKV(dim, heads, kv_heads, bias=True)
         self.out = nn.Linear(heads * self.qkv.head_dim, dim)
+        shared, both = projections == "shared", 2 * self.qkv.kv_heads * self.qkv.head_dim
         self.global_qkv = self.qkv if shared else QKV(dim, heads, kv_heads, bias=True)
         self.global_out = self.out if shared else nn.Linear(heads * self.qkv.head_dim, dim)
+        self.long_kv = nn.Linear(dim, both) if projections == "pieces" else None  # for global readers
+        self.global_kv = nn.Linear(dim, both) if projections == "pieces" else None  # for long ones
         self.labels = Labels(heads, self.qkv.head_dim, clip)
         self.global_labels = Labels(heads, self.qkv.head_dim, clip)
 
@@ -103,40 +118,49 @@ class ETC(nn.Module):
         m = min(self.radius, max(L - 1, 0))
         pairs = L * (2 * m + 1) - m * (m + 1) + L * g + g * call.tokens
         named = self.labels.vectors.numel()
-        parts = (self.qkv, self.out, self.global_qkv, self.global_out, self.labels, self.global_labels)
-        flops = call.rows * (products(self.qkv, self.out) + named) + 2 * H * D * call.batch * pairs
+        parts = [self.qkv, self.out, self.global_qkv, self.global_out, self.labels, self.global_labels]
+        matrices = products(self.qkv, self.out)
+        if self.long_kv is not None and self.global_kv is not None:
+            parts += [self.long_kv, self.global_kv]
+            matrices += products(self.long_kv)
+        flops = call.rows * (matrices + named) + 2 * H * D * call.batch * pairs
         return Work(flops=2 * flops, weights=values(*parts))
 
-    def encode(self, x: Tensor, pos: Positions, owners: Tensor | None = None) -> tuple[Tensor, Aux]:
+    def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """Mix whole sequences.
 
         Args:
             x: (B, T, X).
-            pos: where the tokens stand; those at positions below `tokens` are global.
-            owners: (B, T) int64, the position of the global token to which each long token belongs (the
-                sentence of a word), -1 = none.
+            pos: where the tokens stand; those at positions below `tokens` are global, and need not all be
+                there.
 
         Raises:
-            ValueError: x or owners of another shape.
+            ValueError: x or owners of another shape, or owners that are no global tokens.
         """
         check_shape("x", x, "B T X", B=len(pos.index), T=pos.index.shape[1], X=self.qkv.weight.shape[1])
         row, token, at, valid = pos.once(_places, pos.index)
         N, g = valid.shape[1], min(self.tokens, valid.shape[1])
-        own = pos.once(_spans, pos.index, self.tokens, self.span) if owners is None else owners
-        check_shape("owners", own, "B T", B=len(x), T=x.shape[1])
+        own = pos.once(_owners, pos.index, pos.streams.get("owners"), self.tokens, self.span)
         spread = _spread(x, row, token, at, N)
         own = torch.where(valid, _spread(own + 1, row, token, at, N) - 1, -1)[:, g:]
         belongs = own[..., None] == torch.arange(g, device=x.device)  # (B, L, g)
         first, rest = _heads(self.global_qkv, spread[:, :g]), _heads(self.qkv, spread[:, g:])
-        asked = self.global_out(self._global(first, rest, valid, belongs).flatten(2))
-        read = self.out(self._long(first, rest, valid, belongs).flatten(2)) if g < N else spread[:, g:]
+        lent = rest[1:] if self.long_kv is None else self._pair(self.long_kv, spread[:, g:])
+        asked = self.global_out(self._global(first, lent, valid, belongs).flatten(2))
+        lent = first[1:] if self.global_kv is None else self._pair(self.global_kv, spread[:, :g])
+        read = self.out(self._long(rest, lent, valid, belongs).flatten(2)) if g < N else spread[:, g:]
         y = torch.cat([asked, read], 1)
         return y[torch.arange(len(y), device=y.device)[:, None], pos.index.clamp_min(0)], NOTHING
 
-    def _global(self, first: "Heads", rest: "Heads", valid: Tensor, belongs: Tensor) -> Tensor:
-        """Global queries (B, g, H, D): one softmax over all keys."""
+    def _pair(self, kv: nn.Linear, x: Tensor) -> "Pair":
+        """Keys and values (B, T, G, D) for readers of the other kind."""
+        k, v = kv(x).unflatten(2, (2, self.qkv.kv_heads, -1)).unbind(2)
+        return k, v
+
+    def _global(self, first: "Heads", lent: "Pair", valid: Tensor, belongs: Tensor) -> Tensor:
+        """Global queries (B, g, H, D): one softmax over all keys, `lent` are those of long tokens."""
         q, g = first[0], first[0].shape[1]
-        k, v = (torch.cat([a, b], 1) for a, b in zip(first[1:], rest[1:], strict=True))
+        k, v = (torch.cat([a, b], 1) for a, b in zip(first[1:], lent, strict=True))
         named, at = self.global_labels(q), torch.arange(g, device=q.device)
         label = self.global_labels.distance(at[:, None], at).expand(len(q), -1, -1)
         label = torch.cat([label, belongs.transpose(1, 2) + named.shape[-1] - 2], 2)  # (B, g, N)
@@ -149,11 +173,11 @@ class ETC(nn.Module):
         weights = _softmax(scores * q.shape[-1] ** -0.5, seen[:, :, None])
         return _read(weights, v)
 
-    def _long(self, first: "Heads", rest: "Heads", valid: Tensor, belongs: Tensor) -> Tensor:
-        """Long queries (B, L, H, D): one softmax over the window and the global keys; blocks of radius + 1
-        queries read three blocks of keys."""
+    def _long(self, rest: "Heads", lent: "Pair", valid: Tensor, belongs: Tensor) -> Tensor:
+        """Long queries (B, L, H, D): one softmax over the window and the global keys, which are `lent`;
+        blocks of radius + 1 queries read three blocks of keys."""
         (q, k, v), (B, L, H, D) = rest, rest[0].shape
-        g, C = first[1].shape[1], self.radius + 1
+        g, C = lent[0].shape[1], self.radius + 1
         blocks = -(-L // C)
         more = blocks * C - L
         named = F.pad(self.labels(q), (0, 0, 0, 0, 0, more)).unflatten(1, (blocks, C))  # (B, n, C, H, labels)
@@ -166,15 +190,16 @@ class ETC(nn.Module):
         window = ((beside - at).abs() <= self.radius) & there[:, :, None]
         close, window = close.unflatten(0, (B, blocks)).flatten(1, 2)[:, :L], window.flatten(1, 2)[:, :L]
         named = named.flatten(1, 2)[:, :L]
-        far = _scores(q, first[1]) + torch.where(belongs[:, :, None], named[..., -1:], named[..., -2:-1])
+        far = _scores(q, lent[0]) + torch.where(belongs[:, :, None], named[..., -1:], named[..., -2:-1])
         seen = torch.cat([window, valid[:, None, :g].expand(-1, L, -1)], 2)
         weights = _softmax(torch.cat([close, far], 3) * D**-0.5, seen[:, :, None])
         ours = F.pad(weights[..., : 3 * C], (0, 0, 0, 0, 0, more)).unflatten(1, (blocks, C)).flatten(0, 1)
         y: Tensor = _read(ours, near[1]).unflatten(0, (B, blocks)).flatten(1, 2)[:, :L]
-        return y + _read(weights[..., 3 * C :], first[2])
+        return y + _read(weights[..., 3 * C :], lent[1])
 
 
 Heads = tuple[Tensor, Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 def _heads(qkv: QKV, x: Tensor) -> Heads:
@@ -207,7 +232,19 @@ def _softmax(scores: Tensor, seen: Tensor) -> Tensor:
     return scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1) * seen
 
 
-def _spans(index: Tensor, tokens: int, span: int) -> Tensor:
-    """The global token of each long one: `span` in a row have the same, those behind the last have none."""
-    owner = (index - tokens).div(span, rounding_mode="floor")
-    return torch.where((index >= tokens) & (owner < tokens), owner, -1)
+def _owners(index: Tensor, given: Tensor | None, tokens: int, span: int) -> Tensor:
+    """The position of each long token's global one, -1 = none; by default `span` long ones in a row have the
+    same, those behind the last have none.
+
+    Raises:
+        ValueError: owners of another shape, that are not global, or of tokens that are.
+    """
+    if given is None:
+        owner = (index - tokens).div(span, rounding_mode="floor")
+        return torch.where((index >= tokens) & (owner < tokens), owner, -1)
+    check_shape("owners", given, "B T", B=len(index), T=index.shape[1])
+    if int(given.max()) >= tokens:
+        raise ValueError(f"owners name position {int(given.max())}; only 0 to {tokens - 1} are global")
+    if bool(((given >= 0) & (index >= 0) & (index < tokens)).any()):
+        raise ValueError(f"owners are of long tokens; positions 0 to {tokens - 1} are global and want -1")
+    return given

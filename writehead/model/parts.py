@@ -182,9 +182,10 @@ def build_position(config: ModelConfig) -> Scheme:
                     f"{row.name} positions act on queries and keys, but mixer {mixer.name!r} takes no "
                     "position scheme; use sinusoidal, learned or none"
                 )
-    if config.kind == "encoder" and row.name == "none":
+    ordered = any(getattr(load(find(MIXERS, spec)), "ordered", False) for spec in mixers)
+    if config.kind == "encoder" and row.name == "none" and not ordered:
         raise ValueError(
-            "an encoder without positions cannot tell the order of its tokens; "
+            "an encoder without positions cannot tell the order of its tokens, unless a mixer does (etc); "
             f"use one of {', '.join(name for name in POSITIONS if name != 'none')}"
         )
     return scheme

@@ -53,7 +53,8 @@ class Frame:
             )
         if not 2 <= self.levels <= 256:
             raise ValueError(f"levels={self.levels} must be from 2 to 256")
-        _ = self.order(torch.zeros(1, dtype=torch.int64))
+        if self.patch is not None:
+            blocks(self.height, self.width * self.channels, list(self.patch))  # raises unless they fit
 
     @property
     def length(self) -> int:

@@ -6,7 +6,7 @@ Equation  score(q, k) = q.k / sqrt(D): a causal model can tell order by how many
 State     none
 Cost      none
 Decodes   exactly, at any position
-Differs   nothing; an encoder without positions is refused, since it could not tell order
+Differs   nothing; an encoder is refused unless a mixer tells order by itself (`etc`)
 """
 
 import torch

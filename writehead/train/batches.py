@@ -1,7 +1,7 @@
 """Batches of windows, lanes, labelled texts and pairs: each is a function of its step."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,12 +19,18 @@ class Batch(NamedTuple):
         target: (B, T) what follows each token, -1 = nothing to learn; (B, 1) the class of labelled texts.
         source: (B, S) what a seq2seq model's encoder reads.
         fresh: does a carried state start anew here?
+        owners: (B, T) the column of each token's summary, for an encoder that reads it.
+        alone: (B, N, S) up to N sentences that are hidden in each row, each alone behind its summary.
+        asked: (B, N) the columns of their summaries in the row, -1 = none.
     """
 
     tokens: Tensor
     target: Tensor
     source: Tensor | None = None
     fresh: bool = True
+    owners: Tensor | None = None
+    alone: Tensor | None = None
+    asked: Tensor | None = None
 
     @property
     def scored(self) -> int:
@@ -34,18 +40,21 @@ class Batch(NamedTuple):
     @property
     def read(self) -> int:
         """Real tokens that the model reads."""
-        return int((self.tokens >= 0).sum()) + (0 if self.source is None else int((self.source >= 0).sum()))
+        every = (self.tokens, self.source, self.alone)
+        return sum(int((tokens >= 0).sum()) for tokens in every if tokens is not None)
 
     def piece(self, index: int, of: int) -> "Batch":
         """The rows of one of several equal pieces."""
         rows = slice(index * len(self.tokens) // of, (index + 1) * len(self.tokens) // of)
-        source = None if self.source is None else self.source[rows]
-        return Batch(self.tokens[rows], self.target[rows], source, self.fresh)
+        return self._each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
-        source = None if self.source is None else self.source.to(device)
-        return Batch(self.tokens.to(device), self.target.to(device), source, self.fresh)
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        made: dict[str, Any] = {k: function(v) for k, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**made)
 
 
 class Batches(Protocol):

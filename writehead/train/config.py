@@ -15,6 +15,7 @@ from writehead.core.shapes import check_choice
 
 KINDS = {
     "text": ("decoder",),
+    "masked": ("encoder",),
     "labelled": ("encoder", "decoder"),
     "parallel": ("seq2seq",),
     "image": ("decoder",),
@@ -38,7 +39,8 @@ class DataConfig:
     """What to learn from.
 
     Attributes:
-        kind: "text" (a stream), "labelled" (texts and classes), "parallel" (sources and targets) or "image".
+        kind: "text" (a stream), "masked" (a stream with words left out), "labelled" (texts and classes),
+            "parallel" (sources and targets) or "image".
         train, valid: files, folders, or "stdlib" (Python's own sources); without `valid` the last part of
             `train` is held out. Images: FILE.npz:NAME, FILE.npy, pictures, or folders of these.
         holdout: that part, as a share.
@@ -68,9 +70,39 @@ class DataConfig:
             for name in NOT_OF_IMAGES:
                 if getattr(self, name) != getattr(DataConfig(), name):
                     raise ValueError(f"data.{name} is not for images, whose size and levels are model.pixels")
-        wanted = 1 if self.kind == "text" else 2
+        wanted = 1 if self.kind in ("text", "masked") else 2
         if self.fields and len(self.fields) != wanted:
             raise ValueError(f"data.fields must name {wanted} of each line; got {list(self.fields)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """What is left out of texts for an encoder to guess; for data.kind "masked" only.
+
+    Attributes:
+        words: share of the words that are guessed.
+        summaries: summary tokens before each row, one a sentence, that own its tokens; 0 is none.
+        sentences: share of the sentences that are hidden, to be told apart by their summaries (cpc_loss).
+        sentence: tokens of a sentence at most; longer ones are cut.
+    """
+
+    words: float = 0.15
+    summaries: int = 0
+    sentences: float = 0.0
+    sentence: int = 64
+
+    def __post_init__(self) -> None:
+        at_least("masks", self, summaries=0, sentence=1)
+        if not 0 < self.words <= 1 or not 0 <= self.sentences < 1:
+            raise ValueError(
+                f"masks.words={self.words} must be above 0 and at most 1, masks.sentences={self.sentences} "
+                "from 0 up to 1"
+            )
+        if self.sentences and not self.summaries:
+            raise ValueError(
+                f"masks.sentences={self.sentences} hides sentences of which summaries tell: set "
+                "masks.summaries above 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +234,7 @@ class RunConfig:
     seed: int = 0
     model: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_MODEL))
     data: DataConfig = field(default_factory=DataConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -218,6 +251,8 @@ class RunConfig:
                 f"data.kind={self.data.kind!r} trains a model of kind {' or '.join(KINDS[self.data.kind])}; "
                 f"got model.kind={kind!r}"
             )
+        if self.data.kind != "masked" and self.masks != MaskConfig():
+            raise ValueError(f"masks are for data.kind='masked'; got {self.data.kind!r}")
         if (self.data.kind == "image") != (self.model.get("pixels") is not None):
             raise ValueError(
                 "data.kind='image' and model.pixels need each other: a model of images, and images"

@@ -1,7 +1,7 @@
 """The data of a run: read, encoded, split and laid out in batches."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,10 @@ from writehead.convert.tokenizer import Tokenizer
 from writehead.core.shapes import check_choice
 from writehead.model.pixels import frame_of
 from writehead.train.batches import Batches, Lanes, Sample, Samples, Windows
-from writehead.train.config import DataConfig
+from writehead.train.config import DataConfig, MaskConfig
 from writehead.train.corpus import pairs, texts
 from writehead.train.images import Images, hash_of, read_images, split, tokens_of
+from writehead.train.masked import Marks, Masked, add_masks
 from writehead.train.order import mix, shuffled
 from writehead.train.tokens import (
     Encode,
@@ -26,7 +27,13 @@ from writehead.train.tokens import (
     write_stream,
 )
 
-FIELDS = {"text": ("text",), "labelled": ("label", "text"), "parallel": ("source", "target")}
+NO_MASKS = MaskConfig()
+FIELDS = {
+    "text": ("text",),
+    "masked": ("text",),
+    "labelled": ("label", "text"),
+    "parallel": ("source", "target"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,9 @@ class Data:
         return self.vocab if self.tokenizer is None else self.tokenizer.vocab
 
 
-def prepare(config: DataConfig, folder: Path, seed: int, carry: bool = False) -> Data:
+def prepare(
+    config: DataConfig, folder: Path, seed: int, carry: bool = False, masks: MaskConfig = NO_MASKS
+) -> Data:
     """Read, encode and split the data of a run; token streams and a trained tokenizer are kept in `folder`.
 
     Args:
@@ -64,12 +73,15 @@ def prepare(config: DataConfig, folder: Path, seed: int, carry: bool = False) ->
         folder: an existing folder, whose files are used again if the data section is the same.
         seed: of the order.
         carry: rows are consecutive segments.
+        masks: what is left out of texts.
 
     Raises:
         ValueError: data that is missing, malformed, or too short for one batch.
     """
     if config.kind == "text":
         return _text(config, folder, seed, carry)
+    if config.kind == "masked":
+        return _masked(config, folder, seed, masks)
     return _samples(config, folder, seed)
 
 
@@ -125,6 +137,22 @@ def _text(config: DataConfig, folder: Path, seed: int, carry: bool) -> Data:
         train or Windows(tokens, config.length, config.batch, seed),
         Windows(held, config.length, config.batch, None),
         digest(digests, config.holdout, config.length, config.batch, seed, carry),
+    )
+
+
+def _masked(config: DataConfig, folder: Path, seed: int, masks: MaskConfig) -> Data:
+    """The windows of `_text` with words left out."""
+    plain = _text(config, folder, seed, False)
+    assert plain.tokenizer is not None
+    tokenizer = add_masks(plain.tokenizer)
+    marks, train, valid = Marks(tokenizer), plain.train, plain.valid
+    assert isinstance(train, Windows)
+    assert isinstance(valid, Windows)
+    return Data(
+        tokenizer,
+        Masked(train, marks, masks, mix(seed, 7)),
+        Masked(valid, marks, masks, mix(seed, 8)),
+        digest(plain.digest, asdict(masks)),
     )
 
 

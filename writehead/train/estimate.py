@@ -96,4 +96,7 @@ def _forward_flops(model: Model, batch: Batch) -> int:
     source = 0 if batch.source is None else batch.source.shape[1]
     call = Call(batch=rows, tokens=length, context=0, source=source)
     own = costs(model, call).flops
+    if batch.alone is not None:
+        alone = Call(batch=rows * batch.alone.shape[1], tokens=batch.alone.shape[2], context=0)
+        own += costs(model, alone).flops
     return own + (read_costs(model, call).flops if isinstance(model, Seq2Seq) else 0)

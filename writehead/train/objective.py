@@ -17,9 +17,11 @@ from writehead.model.encoder import Encoder
 from writehead.model.parts import weights
 from writehead.model.seq2seq import Seq2Seq
 from writehead.ops.chunked_loss import Terms, head_loss, in_pieces, loss_of
+from writehead.stacks.residual import merge_aux
 from writehead.stacks.reversible import Reversible
 from writehead.train.batches import Batch
 from writehead.train.config import LossConfig
+from writehead.train.masked import contrast
 
 Model = Decoder | Encoder | Seq2Seq
 
@@ -51,6 +53,8 @@ class Objective(nn.Module):
         """The sums of one piece, and the state after it if one was given."""
         if len(self.choices):  # type: ignore[arg-type]
             x, aux = self._classify(batch)
+        elif isinstance(self.model, Encoder):
+            return self._guess(self.model, batch), state
         elif isinstance(self.model, Seq2Seq):
             assert batch.source is not None
             x, aux = self.model.whole(batch.source, batch.tokens)
@@ -61,6 +65,22 @@ class Objective(nn.Module):
             assert isinstance(self.model, Decoder)
             x, state, aux = self.model.hidden(batch.tokens, state)
         return self._sums(x, batch.target, aux), state
+
+    def _guess(self, model: Encoder, batch: Batch) -> Sums:
+        """The sums over masked words, of which alone logits are made, and of the hidden sentences."""
+        x, _, aux = model(batch.tokens, owners=batch.owners)
+        if batch.alone is not None and batch.asked is not None:
+            row, nth = (batch.asked >= 0).nonzero(as_tuple=True)
+            told, alone = x[row, batch.asked[row, nth]], batch.alone[row, nth]
+            if len(alone):
+                owners = torch.where(alone >= 0, 0, -1)
+                owners[:, 0] = -1
+                y, _, more = model(alone, owners=owners)
+                aux = merge_aux(merge_aux(aux, more), {"cpc_loss": contrast(told, y[:, 0])})
+            else:
+                aux = {**aux, "cpc_loss": contrast(told, told)}
+        wanted = batch.target >= 0
+        return self._sums(x[wanted][None], batch.target[wanted][None], aux)
 
     def _classify(self, batch: Batch) -> tuple[Tensor, Aux]:
         """What the classes' rows read, (B, 1, X): an encoder's mean vector, or a decoder's last one."""

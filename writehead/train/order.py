@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 Ints: TypeAlias = NDArray[np.int64]
 Words: TypeAlias = NDArray[np.uint64]
+Shares: TypeAlias = NDArray[np.float64]
 ROUNDS = 6
 
 
@@ -38,6 +39,12 @@ def shuffled(index: Ints, count: int, key: int) -> Ints:
         value[outside] = (left << half) | right
         outside = value >= count
     return value.astype(np.int64)
+
+
+def uniform(key: int, count: int) -> Shares:
+    """(count,) numbers from 0 up to 1, the same on every machine."""
+    words = _splitmix(np.arange(count, dtype=np.uint64) + np.uint64(mix(key)))
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class Order:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import yaml
 
+from writehead.catalog import MIXERS, argument, find, load
 from writehead.config import ModelConfig
 from writehead.convert.files import replacing
 from writehead.model.blank import KINDS
@@ -125,11 +126,22 @@ def model_config(run: RunConfig, data: Data) -> ModelConfig:
         values["encoder"] = {"vocab": values["vocab"], **values["encoder"]}
     if run.data.kind != "parallel" and not run.loop.carry_state:
         length = run.data.length if run.data.kind != "image" else frame_of(values["pixels"]).length
-        values.setdefault("max_context", length)
+        values.setdefault("max_context", length + run.masks.summaries)
     try:
-        return ModelConfig.from_dict(values)
+        config = ModelConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"model: {error}") from error
+    _check_summaries(config, run.masks.summaries)
+    return config
+
+
+def _check_summaries(config: ModelConfig, summaries: int) -> None:
+    """Raise unless a mixer that reads owners has as many global tokens as rows have summaries."""
+    for index in range(config.depth if summaries else 0):
+        spec = config.layer("mixer", index)
+        row, tokens = find(MIXERS, spec), argument(MIXERS, spec, "tokens")
+        if "owners" in getattr(load(row), "reads", ()) and tokens != summaries:
+            raise ValueError(f"masks.summaries={summaries} must be the mixer {row.name}'s tokens={tokens}")
 
 
 def fresh_model(run: RunConfig, config: ModelConfig) -> Model:
@@ -233,7 +245,7 @@ def read_data(run: RunConfig, folder: Path) -> Data:
     """
     if run.data.kind == "image":
         return prepare_images(run.data, run.model["pixels"], run.seed)
-    return prepare(run.data, folder, run.seed, run.loop.carry_state)
+    return prepare(run.data, folder, run.seed, run.loop.carry_state, run.masks)
 
 
 def _meter(facts: Mapping[str, Any]) -> Meter:
