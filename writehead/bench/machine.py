@@ -237,7 +237,9 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "thread_environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("OMP_", "MKL_"))},
+        "thread_environment": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith(("OMP_", "MKL_", "THP_"))
+        },
         "versions": {"writehead": VERSION, "torch": torch.__version__, "python": platform.python_version()},
         "commit": commit,
         "dirty": dirty,

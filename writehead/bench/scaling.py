@@ -52,6 +52,9 @@ SUBJECTS: Mapping[str, Subject] = {
     "longformer": Subject(lambda T: {"name": "longformer", "window": WINDOW, "tokens": BLOCK}, 1),
     "big bird": Subject(lambda T: {"name": "big_bird", "block": BLOCK}, 1),
     "image 1d": Subject(lambda T: {"name": "image_1d", "block": WINDOW, "memory": WINDOW}, 1),
+    "image 2d": Subject(
+        lambda T: {"name": "image_2d", "image_width": _root(T), "patch": [16, 16], "margin": [8, 8]}, 1
+    ),
     "block bert, looking back": Subject(lambda T: {"name": "block_causal", "blocks": 3, "block": WINDOW}, 1),
     "axial": Subject(lambda T: {"name": "axial_causal", "image_width": _root(T)}, 1.5),
     "dense": Subject(lambda T: {"name": "mha"}, 2),

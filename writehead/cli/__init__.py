@@ -1,5 +1,6 @@
 """The command line: one file a verb, imported when the verb is run, so that help never waits for torch."""
 
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -100,4 +101,5 @@ def start(
 
 def main() -> None:
     """The console script."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch puts large tensors on huge pages, on Linux
     app(prog_name="writehead")

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from writehead.core.bind import Of, itself, product
 from writehead.core.norm import RMS
 from writehead.core.shapes import check_multiple
+from writehead.core.split import split
 
 
 class QKV(nn.Module):
@@ -67,7 +68,7 @@ class QKV(nn.Module):
             B, T, _ = x.shape
             if infused is None:
                 heads = project(x).view(B, T, H + 2 * G, D)
-                qk, v = heads.split((H + G, G), 2)  # one gradient, where two slices make two padded ones
+                qk, v = split(heads, (H + G, G), 2)  # one gradient, where two slices make two padded ones
             else:
                 qk = F.linear(infused, weight[:rows], biases[0]).view(B, T, H + G, D)
                 v = F.linear(x, weight[rows:], biases[1]).view(B, T, G, D)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from writehead.core.heads import QKV
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice, check_shape
+from writehead.core.split import split
 from writehead.core.work import Call, Work, products, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.whole import _places, _spread
@@ -205,7 +206,7 @@ Pair = tuple[Tensor, Tensor]
 def _heads(qkv: QKV, x: Tensor) -> Heads:
     """q (B, T, H, D), k and v (B, T, G, D)."""
     both, v = qkv(x)
-    q, k = both.split((qkv.heads, qkv.kv_heads), 2)
+    q, k = split(both, (qkv.heads, qkv.kv_heads), 2)
     return q, k, v
 
 

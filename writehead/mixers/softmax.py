@@ -25,6 +25,7 @@ from writehead.core.heads import QKV
 from writehead.core.pattern import Causal, Full, Pattern, from_spec
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice, check_shape
+from writehead.core.split import split
 from writehead.core.work import Call, Work, products, scores, slots_read, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.attend import attend
@@ -146,7 +147,7 @@ class Softmax(nn.Module):
                 scheme.check_context(pos)
             heads, v = qkv(x) if infuse is None else qkv(x, infuse(x, pos))
             heads = rotate(heads, pos) if turns else heads
-            q, k = heads.split((H, G), 2)
+            q, k = split(heads, (H, G), 2)
             return q, k, v
 
         return run

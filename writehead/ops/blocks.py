@@ -16,8 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from writehead.core.pattern import Pattern
 from writehead.core.pattern.plan import Part, Plan, Tile, natural_size, plan_heads
+from writehead.core.split import empty_like
 from writehead.ops import picked
-from writehead.ops.tile import additive, backward, forward, give, take
+from writehead.ops.tile import additive, backward, forward, give, take, unread
 
 BLOCK = 128  # queries and keys of a block
 KEPT = 16  # masks and biases of tiles that are kept for the next tiles of a pass
@@ -106,6 +107,11 @@ def _run(
     return y.transpose(1, 2)
 
 
+def _name(tile: Tile) -> tuple[Any, ...]:
+    """Equal for tiles with the same mask."""
+    return (tile.rows, tile.widths, *map(id, tile.masks))
+
+
 class _Pass:
     """What the tiles of one call share: the plan, padding, masks and biases."""
 
@@ -113,12 +119,12 @@ class _Pass:
         self.plan, self.valid, self.bias, self.scale = tiles, valid, bias, scale
         self.kept: dict[Any, Tensor] = {}
         self.valid_of: dict[int, Tensor] = {}
+        self.unread: dict[Any, Tensor | None] = {}
 
     def added(self, part: Part, tile: Tile, like: Tensor) -> Tensor | None:
         """What is added to a tile's scores, (B or 1, H or 1, queries, keys); -inf where nothing is read."""
         masked = any(mask is not None for mask in tile.masks)
-        name = ("mask", tile.stop - tile.start, tile.widths, *map(id, tile.masks))
-        added = self._once(name, lambda: additive(tile, like)) if masked else None
+        added = self._once(("mask", *_name(tile)), lambda: additive(tile, like)) if masked else None
         if self.bias is not None:
             bias = self._biased(part, tile, like)
             added = bias if added is None else bias + added
@@ -128,6 +134,15 @@ class _Pass:
                 base = torch.zeros((), dtype=like.dtype, device=like.device) if added is None else added
                 added = torch.where(read[:, None, None], base, -torch.inf)
         return added
+
+    def empty(self, tile: Tile, added: Tensor | None) -> Tensor | None:
+        """Which queries read nothing, see `unread`; known from the mask where nothing else is added."""
+        if self.bias is not None or self.valid is not None:
+            return unread(added)
+        name = ("empty", *_name(tile))
+        if name not in self.unread:
+            self.unread[name] = unread(added)
+        return self.unread[name]
 
     def _valid(self, part: Part) -> Tensor:
         assert self.valid is not None
@@ -139,7 +154,7 @@ class _Pass:
 
     def offsets(self, tile: Tile) -> tuple[int, ...]:
         """Equal for tiles whose queries and keys lie at equal distances, in the natural order."""
-        return (tile.stop - tile.start, *(end - tile.start for run in tile.runs for end in run))
+        return (tile.rows, *(end - tile.start for run in tile.runs for end in run))
 
     def _biased(self, part: Part, tile: Tile, like: Tensor) -> Tensor:
         assert self.bias is not None
@@ -170,7 +185,9 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, given: _Pass, *parameters: Tensor) -> Tensor:
         B, H, T, D = q.shape
         wide = torch.promote_types(q.dtype, torch.float32)
-        y = q.new_zeros(B, T, H, D).transpose(1, 2)
+        first = given.plan.parts[0] if given.plan.parts else None
+        full = first is not None and first.queries is None and sum(t.rows for t in first.tiles) == T
+        y = (q.new_empty if full else q.new_zeros)(B, T, H, D).transpose(1, 2)
         lse = q.new_full((B, H, T), -torch.inf, dtype=wide)
         for n, part in enumerate(given.plan.parts):
             pq, pk, pv = _placed(part, q, k, v)
@@ -181,7 +198,8 @@ class _Blocks(torch.autograd.Function):
             for tile in part.tiles:
                 rows = slice(tile.start, tile.stop)
                 added = given.added(part, tile, q)
-                out = forward(pq[:, :, rows], take(pk, tile), take(pv, tile), added, given.scale)
+                side = (pq[:, :, rows], take(pk, tile), take(pv, tile))
+                out = forward(*side, added, given.scale, given.empty(tile, added))
                 own_y[:, :, rows], own_lse[:, :, rows] = out
             if not whole:
                 _merge(y, lse, own_y, own_lse, part.queries)
@@ -200,25 +218,32 @@ class _Blocks(torch.autograd.Function):
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[4:], strict=True) if needed]
         slopes = _Slopes(given, wanted)
         lse = lse.masked_fill(lse == -torch.inf, 0)
-        # zeros as (B, T, H, D): whoever joins the three gradients again finds tokens one after the other
-        totals = tuple(torch.zeros_like(t.transpose(1, 2)).transpose(1, 2) for t in (q, k, v))
+        # laid out as (B, T, H, D) and as q, k and v are: whoever joins the three finds them joined already
+        totals = tuple(t.transpose(1, 2) for t in empty_like([t.transpose(1, 2) for t in (q, k, v)], 2))
+        empty = True
         for part in given.plan.parts:
             pq, pk, pv = _placed(part, q, k, v)
             pg, py, pl = (t if part.queries is None else _place(t, part.queries) for t in (grad, y, lse))
             orders = (part.queries, part.keys, part.keys)
             whole = all(order is None for order in orders)
-            own = totals if whole else tuple(torch.zeros_like(t) for t in (pq, pk, pv))
+            own = totals if whole else tuple(torch.empty_like(t) for t in (pq, pk, pv))
+            reached = [0, 0, 0] if empty or not whole else [t.shape[2] for t in own]
             for tile in part.tiles:
                 rows = slice(tile.start, tile.stop)
                 added = given.added(part, tile, q)
                 side = (pg[:, :, rows], pq[:, :, rows], take(pk, tile), take(pv, tile), py[:, :, rows])
                 found = backward(*side, pl[:, :, rows], added, given.scale, slopes.taker(part, tile))
-                own[0][:, :, rows] += found[0]
-                for total, value in zip(own[1:], found[1:], strict=True):
-                    give(total, value, tile)
+                runs = (((tile.start, tile.stop),), tile.runs, tile.runs)
+                reached = [give(*each) for each in zip(own, found, runs, reached, strict=True)]
+            for total, end in zip(own, reached, strict=True):
+                total[:, :, end:] = 0
             if not whole:
                 for total, value, order in zip(totals, own, orders, strict=True):
-                    _back(total, value, order)
+                    _back(total.zero_() if empty else total, value, order)
+            empty = False
+        if empty:
+            for total in totals:
+                total.zero_()
         for picks in given.plan.picks:
             part_of_all = picked.Gathered(picks, q, k, v, given.valid, given.scale)
             picked.backward(part_of_all, grad, y, lse, totals)

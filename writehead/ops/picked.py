@@ -91,7 +91,8 @@ def forward(part: Gathered) -> Iterator[tuple[slice, Tensor, Tensor]]:
             part.keys(part.k, first, last),
             part.keys(part.v, first, last),
         )
-        y, lse = tile.forward(*side, part.added(first, last), part.scale)
+        added = part.added(first, last)
+        y, lse = tile.forward(*side, added, part.scale, tile.unread(added))
         size = part.picks.size
         yield slice(first * size, last * size), part.back(y, first, last), part.back(lse, first, last)
 

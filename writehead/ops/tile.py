@@ -1,6 +1,6 @@
 """One tile of block-sparse attention: a run of queries against the keys that some of them read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ KEYS = 1024  # keys whose scores are held at once where the backward pass is not
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """One tile: y and lse of its queries, 0 and -inf where nothing is read."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float, empty: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One tile: y and lse of its queries, 0 and -inf where nothing is read (`empty`)."""
     if q.is_cpu:
         y, lse = flash(q, k, v, 0.0, False, attn_mask=added, scale=scale)
     else:
@@ -22,9 +24,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float)
         lse = scores.logsumexp(-1)
         weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
         y = _unfold(_fold(weights.to(v.dtype), k.shape[1]) @ v, q.shape[1])
-    if added is not None:
-        lse = lse.masked_fill((added == -torch.inf).all(-1), -torch.inf)
-    return y, lse
+    return y, lse if empty is None else lse.masked_fill(empty, -torch.inf)
+
+
+def unread(added: Tensor | None) -> Tensor | None:
+    """The queries that read nothing, (B or 1, H or 1, queries) bool, or None if each reads something."""
+    if added is None:
+        return None
+    empty = (added == -torch.inf).all(-1)
+    return empty if bool(empty.any()) else None
 
 
 def backward(
@@ -77,7 +85,7 @@ def _unfold(t: Tensor, heads: int) -> Tensor:
 
 def additive(tile: Tile, like: Tensor) -> Tensor:
     """A tile's masks as one tensor (1, 1, queries, keys) of 0 and -inf."""
-    rows = tile.stop - tile.start
+    rows = tile.rows
     pieces = [
         torch.ones(rows, width, dtype=torch.bool) if mask is None else mask
         for mask, width in zip(tile.masks, tile.widths, strict=True)
@@ -92,9 +100,17 @@ def take(t: Tensor, tile: Tile, dim: int = 2) -> Tensor:
     return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
 
 
-def give(total: Tensor, value: Tensor, tile: Tile) -> None:
-    """Add the tile's keys to a part's, in place."""
+def give(total: Tensor, value: Tensor, runs: Sequence[tuple[int, int]], reached: int) -> int:
+    """Add the value's rows to these runs of the total's, in place; what lies from `reached` on is empty yet.
+
+    Returns:
+        Where the total is empty now.
+    """
     at = 0
-    for a, b in tile.runs:
-        total[:, :, a:b] += value[:, :, at : at + b - a]
-        at += b - a
+    for a, b in runs:
+        old, own = min(max(a, reached), b), value[:, :, at : at + b - a]
+        total[:, :, a:old] += own[:, :, : old - a]
+        total[:, :, old:b] = own[:, :, old - a :]
+        total[:, :, reached:a] = 0
+        reached, at = max(reached, b), at + b - a
+    return reached

@@ -96,9 +96,26 @@ class Image2D(Pattern):
         return True
 
     def tiles(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
-        window = self.reach.window
-        assert window is not None
-        return (k0 <= q1) & (q0 - k1 < window)
+        top, bottom, left, right = self._span(q0, q1)
+        top, bottom = top // self.rows * self.rows, bottom // self.rows * self.rows + self.rows
+        r0, r1, c0, c1 = self._span(k0, k1)
+        rows = (r1 >= top - self.above) & (r0 < bottom)
+        return (k0 <= q1) & rows & (c1 >= left - self.beside) & (c0 <= right + self.beside)
+
+    def _span(self, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows from, to and columns from, to that hold a run of positions: whole blocks' columns, and whole
+        bands' rows and columns where a run leaves a block or a band."""
+        (r0, c0), (r1, c1) = self.pixel(first), self.pixel(last)
+        band0, band1 = r0 // self.rows, r1 // self.rows
+        block0, block1 = c0 // self.columns, c1 // self.columns
+        one_band = band0 == band1
+        one_block = one_band & (block0 == block1)
+        return (
+            torch.where(one_block, r0, band0 * self.rows),
+            torch.where(one_block, r1, band1 * self.rows + self.rows - 1),
+            torch.where(one_band, block0 * self.columns, 0),
+            torch.where(one_band, block1 * self.columns + self.columns - 1, self.width - 1),
+        )
 
     def keys(self, q: Tensor) -> Tensor:
         row, column = self.pixel(q)

@@ -35,9 +35,14 @@ class Tile:
     widths: tuple[int, ...]
 
     @property
+    def rows(self) -> int:
+        """How many queries."""
+        return self.stop - self.start
+
+    @property
     def cells(self) -> int:
         """Scores computed."""
-        return (self.stop - self.start) * sum(b - a for a, b in self.runs)
+        return self.rows * sum(b - a for a, b in self.runs)
 
 
 @dataclass(frozen=True, eq=False)
