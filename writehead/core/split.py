@@ -22,7 +22,7 @@ def split(t: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
     Returns:
         Views of t.
     """
-    plain = not t.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    plain = type(t) is not Tensor or not t.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling()
     if plain or torch._C._are_functorch_transforms_active():
         return t.split(list(sizes), dim)
     found: tuple[Tensor, ...] = _Split.apply(t, tuple(sizes), dim)  # type: ignore[no-untyped-call]
