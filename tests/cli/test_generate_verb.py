@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from writehead.cli import app
+from writehead.cli.models import decoder_start
 from writehead.config import ModelConfig
 from writehead.convert.load import load, save
 from writehead.convert.tokenizer import Tokenizer
@@ -266,3 +267,12 @@ def test_a_model_without_tokenizer_or_decoder_is_refused(run: Run, tmp_path: Pat
 def test_compiled_parts_give_the_same_text(run: Run) -> None:
     plain = run("hello", "--max-new-tokens", "12").out
     assert run("hello", "--max-new-tokens", "12", "--compile").out == plain
+
+
+def test_a_translation_starts_where_its_checkpoint_says_or_from_padding(tmp_path: Path) -> None:
+    assert decoder_start(tmp_path, 7) == 7
+    (tmp_path / "config.json").write_text('{"decoder_start_token_id": 2}')
+    assert decoder_start(tmp_path, 7) == 2
+    (tmp_path / "config.json").write_text('{"decoder_start_token_id": "2"}')
+    with pytest.raises(ValueError, match="decoder_start_token_id='2' must be a token"):
+        decoder_start(tmp_path, 7)

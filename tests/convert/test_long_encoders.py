@@ -15,8 +15,10 @@ from writehead.convert.errors import BadFile
 from writehead.convert.huggingface import read_config, write_config
 from writehead.convert.load import load, save
 from writehead.core.pattern import Random
+from writehead.decode.generate import generate
 from writehead.model.encoder import Encoder
 from writehead.model.parts import weights
+from writehead.model.seq2seq import Seq2Seq
 
 NO_POOLER = pytest.mark.filterwarnings("ignore:left out, since the model has no place:UserWarning")
 
@@ -99,9 +101,37 @@ def test_a_classifier_is_refused_with_the_names_of_its_head(tmp_path: Path) -> N
         load(tmp_path / "model")
 
 
+@torch.no_grad()
+def test_led_whose_first_token_is_global_gives_their_logits_and_text(tmp_path: Path) -> None:
+    theirs = make("led")
+    theirs.save_pretrained(tmp_path / "model")
+    found = load(tmp_path / "model")
+    assert found.config.encoder is not None
+    mixers = tuple({**found.config.encoder.layer("mixer", i), "tokens": 1} for i in range(3))
+    values = found.config.to_dict()
+    values["encoder"] = {**values["encoder"], "mixer": mixers}
+    ours = Seq2Seq(ModelConfig.from_dict(values)).eval()
+    ours.load_state_dict(found.model.state_dict())
+    source, target = words(2, 31), words(2, 9)
+    marked = torch.zeros_like(source)
+    marked[:, 0] = 1
+    right = theirs(input_ids=source, decoder_input_ids=target, global_attention_mask=marked).logits
+    close(ours(source, target)[0], right)
+    assert (found.model(source, target)[0] - right).abs().max() > 0.01, "the global token must matter"
+    said = generate(ours, source.tolist(), max_new_tokens=8, decoder_start_token_id=2, eos_token_id=())
+    text = theirs.generate(
+        input_ids=source, global_attention_mask=marked, max_new_tokens=8, do_sample=False,
+        decoder_start_token_id=2, eos_token_id=None, forced_eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    assert [list(one.tokens) for one in said] == text[:, 1:].tolist()
+
+
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
+        ("led", {"attention_window": [4, 8]}, "attention_window=.* or one for each of 3 layers"),
+        ("led", {"d_model": 50}, "d_model=50 is not a multiple of encoder_attention_heads=6"),
+        ("led", {"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported; accepted: True"),
         ("longformer", {"attention_window": 5}, "attention_window=.* must be an even number above 0"),
         ("longformer", {"attention_window": [4, 4]}, "one for each of 3 layers"),
         ("longformer", {"pad_token_id": 0}, "pad_token_id=0 is not supported; accepted: 1"),
@@ -111,7 +141,7 @@ def test_a_classifier_is_refused_with_the_names_of_its_head(tmp_path: Path) -> N
     ],
 )
 def test_what_their_configs_may_not_say_is_refused(case: str, changes: dict[str, Any], message: str) -> None:
-    values = make(f"{case}, masked words").config.to_dict() | changes
+    values = make(case if case == "led" else f"{case}, masked words").config.to_dict() | changes
     with pytest.raises(ValueError, match=message):
         read_config(values)
 

@@ -20,7 +20,7 @@ from writehead.model.parts import weights
 pytestmark = pytest.mark.filterwarnings("ignore:left out, since the model has no place:UserWarning")
 TOLERANCE = 1e-5  # largest difference of a logit, float32
 
-CLASSES = {"t5": transformers.AutoModelForSeq2SeqLM}
+CLASSES = dict.fromkeys(("t5", "led"), transformers.AutoModelForSeq2SeqLM)
 
 
 def logits_of_theirs(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,11 @@ NYSTROM: dict[str, Any] = {
 PATTERNED = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"} | {
     "layer_norm_eps": 1e-3, "type_vocab_size": 3,
 }  # fmt: skip
+LED: dict[str, Any] = {
+    "vocab_size": 97, "d_model": 48, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 6,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 80, "decoder_ffn_dim": 64, "attention_window": [4, 8, 4],
+    "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 32,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", SMALL | {"tie_word_embeddings": True}),
     "llama, untied, all biases": ("Llama", SMALL | {"attention_bias": True, "mlp_bias": True}),
@@ -118,6 +123,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "t5": ("T5", T5),
     "t5, version 1.1": ("T5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "led": ("LED", LED),
     "nystromformer, masked words": ("Nystromformer", NYSTROM),
     "nystromformer, no head": ("Nystromformer", NYSTROM | {"num_landmarks": 4, "hidden_act": "relu"}),
     "nystromformer, as many landmarks as tokens": (
@@ -131,8 +137,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 ENCODERS = [name for name in CASES if name.startswith(("nystromformer", "longformer", "big_bird"))]
 WHOLE = [name for name in CASES if name.startswith("reformer")]  # whom a token reads depends on later ones
-DECODERS = [name for name in CASES if not name.startswith("t5") and name not in (*ENCODERS, *WHOLE)]
-SEQ2SEQ = [name for name in CASES if name.startswith("t5")]
+SEQ2SEQ = [name for name in CASES if name.startswith(("t5", "led"))]
+DECODERS = [name for name in CASES if name not in (*SEQ2SEQ, *ENCODERS, *WHOLE)]
 
 
 def make(case: str, **changes: Any) -> transformers.PreTrainedModel:
@@ -142,6 +148,7 @@ def make(case: str, **changes: Any) -> transformers.PreTrainedModel:
     heads: dict[str, Callable[..., Any]] = {
         "GPT2": transformers.GPT2LMHeadModel,
         "T5": transformers.T5ForConditionalGeneration,
+        "LED": transformers.LEDForConditionalGeneration,
         "Reformer": transformers.ReformerModelWithLMHead,
     }
     torch.manual_seed(len(case))
@@ -151,6 +158,8 @@ def make(case: str, **changes: Any) -> transformers.PreTrainedModel:
     if case == "t5, version 1.1":  # transformers 5 ties what 1.1 does not
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
+        if case == "led":
+            model.final_logits_bias.normal_()
         for name, parameter in model.named_parameters():
             shift = 1.0 if "norm" in name.lower() or "ln_" in name else 0.0
             shift = 0.0 if kind == "Gemma" else shift

@@ -203,10 +203,11 @@ def _run(
     """Decode, with one text as it comes; the last value says whether it came to its end."""
     from dataclasses import replace
 
+    from writehead.cli.models import decoder_start
     from writehead.decode.generate import Stream
 
     if opened.engine.reads_source and opened.tokenizer is not None:
-        options = replace(options, decoder_start_token_id=opened.tokenizer.pad)
+        options = replace(options, decoder_start_token_id=decoder_start(opened.source, opened.tokenizer.pad))
     run = Stream(opened.engine, [ids], options, opened.tokenizer, beams=True)
     alone, whole = options.num_return_sequences == 1 and options.num_beams == 1, True
     try:

@@ -39,6 +39,22 @@ def config_of(name: str) -> "ModelConfig":
     return read_config(open_gguf(found))[1]
 
 
+def decoder_start(source: Path, pad: int | None) -> int | None:
+    """The token that a translation's decoder starts from: what a checkpoint's config.json says, else padding.
+
+    Raises:
+        ValueError: a config.json that says something else than a token.
+    """
+    from writehead.convert.errors import shown
+    from writehead.convert.files import read_json
+
+    file = source / "config.json"
+    said = read_json(file).get("decoder_start_token_id") if file.is_file() else None
+    if said is not None and (type(said) is not int or said < 0):
+        raise ValueError(f"{file}: decoder_start_token_id={shown(said)} must be a token")
+    return pad if said is None else said
+
+
 def _ours(path: Path) -> "ModelConfig":
     from writehead.config import ModelConfig
 

@@ -38,6 +38,7 @@ FILES: Mapping[str, str] = {
     "bloom": "bloom",
     "mpt": "mpt",
     "t5": "t5",
+    "led": "led",
     "nystromformer": "nystromformer",
     "longformer": "longformer",
     "big_bird": "big_bird",
