@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from writehead.core.bind import itself
 from writehead.core.heads import QKV
 from writehead.core.positions import Positions
+from writehead.core.processes import rows_of_all
 from writehead.core.replay import choose, first_time
 from writehead.core.shapes import check_shape
 from writehead.core.work import Call, Work, products, values
@@ -36,6 +37,7 @@ class ClusterFormer(nn.Module):
     Attributes:
         means: (C, X), one assignment for all heads.
         memory: (MEMORY, X), the hidden states that the means are made of.
+        together: does the memory hold the states of all processes that train the model?
         seen: (2, 3), training calls since k-means, and states written, in digits that any float type holds.
     """
 
@@ -90,6 +92,7 @@ class ClusterFormer(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, self.qkv.kv_heads, self.qkv.head_dim
         self.window, self.stride, self.question, self.refit = window, stride, question, refit
         self.out = nn.Linear(heads * self.head_dim, dim, bias=False)
+        self.together = False
         self.means: Tensor
         self.memory: Tensor
         self.seen: Tensor
@@ -159,7 +162,7 @@ class ClusterFormer(nn.Module):
         """Write hidden states (n, X) over the oldest, and make new centroids when it is time."""
         if len(self.means) == 1:
             return
-        states = states[-MEMORY:].to(self.memory.dtype)
+        states = (rows_of_all(states) if self.together else states)[-MEMORY:].to(self.memory.dtype)
         places = torch.tensor([1.0, BASE, BASE**2], device=states.device)
         calls, written = (int(n) for n in (self.seen.float() * places).sum(1))
         self.memory[(torch.arange(len(states), device=states.device) + written) % MEMORY] = states

@@ -203,8 +203,9 @@ def _again(
     pos = run.pos
     handed = {name: t.detach().requires_grad_() for name, t in run.handed[i].items()}
     pos.streams.update(handed)
-    with torch.enable_grad(), run.tapes[i].replay(), torch.autocast(device[0], device[1], enabled=device[2]):
-        y, after, aux = coupling.branch(leaf, pos, state)
+    with torch.enable_grad(), run.tapes[i].replay():
+        with torch.autocast(device[0], device[1], enabled=device[2]):  # of the forward pass, so not of `grad`
+            y, after, aux = coupling.branch(leaf, pos, state)
         outputs = [y, *(_distinct(after) if coupling.keep else ()), *aux.values()]
         outputs += [pos.streams[name] for name in coupling.streams]
         wanted = [g_y, *g_more, *(beside.get(name) for name in coupling.streams)]
