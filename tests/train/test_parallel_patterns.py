@@ -51,13 +51,18 @@ def cases(folder: Path) -> dict[str, tuple[dict[str, Any], int, int, tuple[str, 
         ),
         "pieces": (language(text, [LSH, {"name": "mqa", "heads": 2}], RANDOM), 4, 2, both, 2e-5),
         "bfloat16": (language(text, LSH, RANDOM, precision="bfloat16"), 2, 1, both, 5e-3),
-        "clusters": (labelled(labels, CLUSTERS, DEEP), 1, 1, ("ddp", "fsdp"), 2e-5),
+        "clusters": (labelled(labels, CLUSTERS, DEEP), 1, 1, both, 2e-5),
         "slots": (labelled(labels, {"name": "luna_encoder", "heads": 2}, RANDOM), 2, 1, both, 2e-5),
     }  # fmt: skip
 
 
 def in_pieces(run: dict[str, Any], pieces: int, **loop: Any) -> dict[str, Any]:
     return {**run, "loop": {**run["loop"], "accumulate": pieces, **loop}}
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors; the optimiser has more where DDP gives zeros for gradients that there are not."""
+    return {name: tensor for name, tensor in tensors(checkpoint).items() if name.startswith("model/")}
 
 
 @pytest.mark.slow
@@ -84,11 +89,10 @@ def test_two_processes_give_the_losses_gradients_weights_and_centroids_of_one(tm
                 if "train/loss" in a:
                     assert a["train/loss"] == pytest.approx(b["train/loss"], rel=tolerance), name
                     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * tolerance), name
-            mine, yours = tensors(one / last[name]), tensors(other / last[name])
+            mine, yours = weights(one / last[name]), weights(other / last[name])
             assert mine.keys() == yours.keys()
             for key, tensor in mine.items():
-                if key.startswith("model/"):
-                    torch.testing.assert_close(yours[key], tensor, rtol=1e-3, atol=100 * tolerance / 10)
+                torch.testing.assert_close(yours[key], tensor, rtol=1e-3, atol=10 * tolerance)
 
 
 def test_sharing_reaches_every_layer_that_keeps_averages_and_no_other() -> None:
