@@ -10,7 +10,8 @@ Decodes   not at all: which window holds a token depends on later tokens
 Differs   means of the attention's outputs are taken, the paper's of whole layers' outputs. What the paper
           leaves open: the memory keeps 8192 states, the newest in place of the oldest; k-means has 10
           iterations; of equally near centroids the first counts; one that lost its members stays. Centroids
-          are made anew after every `refit` training calls, where the paper counts epochs
+          are made anew after every `refit` training calls, where the paper counts epochs. kv_heads: one
+          assignment serves all heads, so those that share keys read the same windows
 """
 
 import torch
