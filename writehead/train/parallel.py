@@ -110,7 +110,7 @@ def share(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "together"):
-            module.together = True
+            cast(Any, module).together = True
 
 
 def whole(tensor: Tensor) -> Tensor:
