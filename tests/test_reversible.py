@@ -150,6 +150,41 @@ def test_a_choice_is_repeated_although_it_would_now_fall_otherwise_and_effects_h
     assert torch.equal(*mixer.seen)
 
 
+class Planner(nn.Module):
+    """Asks for three things that layers share: of whole numbers, of floats, and of its own parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.gain, self.made = nn.Linear(DIM, DIM), nn.Parameter(torch.ones(DIM)), []
+
+    def plan(self, index):
+        self.made.append("plan")
+        return [index.flip(1), (index.max(),)]
+
+    def wave(self, order):
+        self.made.append("wave")
+        return torch.cos(order.double())
+
+    def scaled(self, wave):
+        self.made.append("scaled")
+        return wave[..., None] * self.gain
+
+    def forward(self, x, pos, state=None):
+        order, _ = pos.once(self.plan, pos.index)
+        y = self.matrix(x) * pos.once(self.scaled, pos.once(self.wave, order))
+        return y.to(x.dtype), state, NOTHING
+
+
+def test_what_layers_share_is_made_once_a_pass_unless_it_has_a_gradient():
+    stack = make([planner := Planner()] * 3)
+    y, _ = stack.whole(torch.randn(2, T, DIM), Positions.range(2, 0, T), ((None, None),) * 3)
+    assert planner.made == ["plan", "wave", "scaled"]
+    planner.made.clear()
+    y.sum().backward()
+    assert planner.made == ["wave", "scaled", "scaled", "scaled"]
+    assert compare(stack) < 1e-9
+
+
 def test_auxiliary_losses_have_their_gradients():
     torch.manual_seed(1)
     assert compare(make([Chooser(), Chooser()])) < 1e-9

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from writehead.core.state import (
     CannotRewind,
@@ -166,3 +166,25 @@ def test_once_keeps_its_arguments_so_that_an_address_is_not_taken_for_another_te
     once = Once()
     results = [once(float, torch.tensor(float(i))) for i in range(50)]
     assert results == [float(i) for i in range(50)]
+
+
+def test_settling_keeps_what_follows_from_the_index_and_carries_no_gradient():
+    index, own, gain, made, once = torch.arange(3), torch.arange(3), nn.Parameter(torch.ones(3)), [], Once()
+
+    def times(t, factor):
+        made.append(factor)
+        return Pair(t * (gain if factor == "gain" else factor), None), [factor]
+
+    def ask():
+        made.clear()
+        double = once(times, index, 2)[0].a
+        for tensor, factor in ((double, 3), (own, 4), (index, 0.5), (index, "gain")):
+            once(times, tensor, factor)
+        return list(made)
+
+    assert ask() == [2, 3, 4, 0.5, "gain"]
+    assert ask() == []
+    once.settle(index, graph=True)
+    assert ask() == [4, "gain"]
+    once.settle(index, graph=False)
+    assert ask() == [4, 0.5, "gain"]

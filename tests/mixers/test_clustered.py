@@ -5,6 +5,7 @@ import torch
 
 from writehead.core.positions import Positions
 from writehead.core.work import Call
+from writehead.laws import check
 from writehead.mixers.clustered import Clustered
 from writehead.mixers.softmax import Softmax
 from writehead.positions.alibi import ALiBi
@@ -17,6 +18,12 @@ def make(**options) -> Clustered:
 
 def row(length=12) -> tuple[torch.Tensor, Positions]:
     return torch.randn(1, length, 16, dtype=torch.float64), Positions.range(1, 0, length)
+
+
+@pytest.mark.parametrize("law", ["encode rows", "encode padding"])
+def test_one_write_head_obeys(law):
+    verdict = check(Clustered(16, heads=4, kv_heads=1, clusters=3, top_k=4), law, length=13)
+    assert verdict.passed, verdict
 
 
 @pytest.mark.parametrize("top_k", [0, 3])

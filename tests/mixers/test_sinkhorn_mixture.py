@@ -6,6 +6,7 @@ import torch
 from writehead.core.positions import Positions
 from writehead.core.state import nbytes
 from writehead.core.work import Call
+from writehead.laws import check
 from writehead.mixers.sinkhorn_mixture import SinkhornMixture
 from writehead.positions.rope import Rotary
 
@@ -29,6 +30,12 @@ def test_both_kinds_of_heads_add_up_however_tokens_come(options):
             steps.append(y)
     assert torch.allclose(torch.cat(steps, 1), sum(parts), rtol=1e-10, atol=1e-12)
     assert nbytes(state) == mixer.state_bytes(2, 19, 8)
+
+
+@pytest.mark.parametrize("law", ["split", "causal", "padding", "select"])
+def test_one_write_head_of_each_kind_obeys(law):
+    verdict = check(SinkhornMixture(16, heads=4, kv_heads=1, window=4, blocks=8), law, length=13)
+    assert verdict.passed, verdict
 
 
 def test_quadratic_heads_read_what_sinkhorn_heads_may_not():

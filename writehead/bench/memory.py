@@ -27,6 +27,7 @@ DEPTHS = (2, 4, 8, 16, 32, 48)
 BERT_LENGTHS = (64, 128, 256, 320, 384, 512)
 PUBLISHED = (12, 6, 2, 1, 0, 0)  # google-research/bert, README: one Titan X of 12 GB, TensorFlow 1.11, Adam
 BERT_PLANS = (PLANS[0], PLANS[1], PLANS[3])
+STEPS = 5  # of which the fastest counts
 TINY = ModelConfig(vocab=8, dim=8, depth=1, mixer={"name": "mqa", "heads": 2})
 
 
@@ -39,7 +40,7 @@ class Cell:
         depth, batch, length: of the model and the step.
         predicted: bytes of tensors.
         tensors, resident: bytes measured.
-        step_s: seconds of a step, the better of two.
+        step_s: processor seconds of a step on one thread, the best of five: a busy neighbour adds little.
         error: why it was not measured.
     """
 
@@ -101,16 +102,16 @@ LARGE = bert()
 
 
 def measure(config: Mapping[str, Any], setting: Mapping[str, Any]) -> tuple[int, int, float]:
-    """Tensors' and the process's peak, and seconds of a step; in the process that calls it."""
+    """Tensors' and the process's peak, and processor seconds of a step; in the process that calls it."""
     torch.set_num_threads(1)
     model, how = ModelConfig.from_dict(config), Setting(**setting)
     preparation(TINY, Setting(1, 4))(lambda phase: None)  # what torch loads with the first step
     before, times = _highest(reset=True), []
     step = preparation(model, how)
-    for _ in range(2):
-        start = time.perf_counter()
+    for _ in range(STEPS):
+        start = time.process_time()
         step(lambda phase: None)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     resident = _highest() - before
     del step
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:

@@ -44,6 +44,15 @@ class Positions:
         identity."""
         return self._once(function, *args)
 
+    def settle(self, graph: bool = True) -> None:
+        """Forget what carries a gradient or belongs to one layer, before a layer is computed once more.
+
+        Args:
+            graph: was autograd on in what was computed so far?
+        """
+        self.streams = {}
+        self._once.settle(self.index, graph)
+
     @property
     def valid(self) -> Tensor:
         """(B, T) bool: not padding."""

@@ -6,6 +6,7 @@ own. Decoding knows states only through the functions here, so every mode works 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -31,6 +32,39 @@ class Once:
             # the arguments are kept, since an id is only valid while its object lives
             done = self._done[key] = (args, function(*args))
         return done[1]
+
+    def settle(self, known: Tensor, graph: bool) -> None:
+        """Keep what follows from `known` alone and carries no gradient; the rest is forgotten.
+
+        Args:
+            known: arguments are this tensor, or what was made of it.
+            graph: was autograd on? If not, no float says whether it should carry a gradient, and none stays.
+        """
+        alive, left = {id(known)}, {}
+        for key, (args, result) in self._done.items():  # what results are made of comes before them
+            found = list(_inside(result))
+            if any(t.requires_grad or not (graph or _whole(t)) for t in found):
+                continue
+            if all(id(t) in alive for t in _inside(args)):
+                left[key] = (args, result)
+                alive.update(id(t) for t in found)
+        self._done = left
+
+
+def _whole(t: Tensor) -> bool:
+    return not (t.is_floating_point() or t.is_complex())
+
+
+def _inside(value: Any) -> Iterator[Tensor]:
+    """Every tensor of nested tuples, lists and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for child in value:
+            yield from _inside(child)
+    elif is_dataclass(value):
+        for part in fields(value):
+            yield from _inside(getattr(value, part.name))
 
 
 class Node(ABC):

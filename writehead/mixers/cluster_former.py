@@ -10,7 +10,8 @@ Decodes   not at all: which window holds a token depends on later tokens
 Differs   means of the attention's outputs are taken, the paper's of whole layers' outputs. What the paper
           leaves open: the memory keeps 8192 states, the newest in place of the oldest; k-means has 10
           iterations; of equally near centroids the first counts; one that lost its members stays. Centroids
-          are made anew after every `refit` training calls, where the paper counts epochs
+          are made anew after every `refit` training calls, where the paper counts epochs. kv_heads: one
+          assignment serves all heads, so those that share keys read the same windows
 """
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from writehead.core.bind import itself
 from writehead.core.heads import QKV
 from writehead.core.positions import Positions
+from writehead.core.processes import rows_of_all
 from writehead.core.replay import choose, first_time
 from writehead.core.shapes import check_shape
 from writehead.core.work import Call, Work, products, values
@@ -36,6 +38,7 @@ class ClusterFormer(nn.Module):
     Attributes:
         means: (C, X), one assignment for all heads.
         memory: (MEMORY, X), the hidden states that the means are made of.
+        together: does the memory hold the states of all processes that train the model?
         seen: (2, 3), training calls since k-means, and states written, in digits that any float type holds.
     """
 
@@ -90,6 +93,7 @@ class ClusterFormer(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, self.qkv.kv_heads, self.qkv.head_dim
         self.window, self.stride, self.question, self.refit = window, stride, question, refit
         self.out = nn.Linear(heads * self.head_dim, dim, bias=False)
+        self.together = False
         self.means: Tensor
         self.memory: Tensor
         self.seen: Tensor
@@ -159,7 +163,7 @@ class ClusterFormer(nn.Module):
         """Write hidden states (n, X) over the oldest, and make new centroids when it is time."""
         if len(self.means) == 1:
             return
-        states = states[-MEMORY:].to(self.memory.dtype)
+        states = (rows_of_all(states) if self.together else states)[-MEMORY:].to(self.memory.dtype)
         places = torch.tensor([1.0, BASE, BASE**2], device=states.device)
         calls, written = (int(n) for n in (self.seen.float() * places).sum(1))
         self.memory[(torch.arange(len(states), device=states.device) + written) % MEMORY] = states

@@ -7,7 +7,8 @@ State     none: encoders only
 Cost      O(T C D + T K D) a head, K = top_k, and O(T C bits) for each iteration of k-means
 Decodes   not at all: a cluster's mean holds later queries
 Differs   the first centroids are tokens at even distances, where the authors draw them; a cluster that
-          lost its members keeps its bits
+          lost its members keeps its bits. kv_heads: what is clustered are queries, so heads that share keys
+          still have clusters of their own
 """
 
 import torch

@@ -11,7 +11,8 @@ Differs   the paper's chunks of sorted tokens let a token read from `window` to 
           and others at the chunks' borders; here it is exactly `window` of its bucket, and the number of
           buckets is fixed, so that a prefix's result does not change when it grows. Rounds count a key once
           (the paper) or, mode="multiset", once for each round that finds it (Trax). With kv_heads keys are
-          not the queries: heads of a group share rotations and keys, and scores are scaled by D^-1/2
+          not the queries: heads of a group share rotations and keys, and scores are scaled by D^-1/2.
+          mode="paper" has no multi-query form, since each of its query heads is its own key head
 """
 
 from collections.abc import Callable

@@ -10,7 +10,8 @@ Cost      whole sequence O(T W D + (T / W)^2 W D) a head; one token O(W D), the 
 Decodes   exactly: a row of P is final when the first token of its block is there
 Differs   the paper balances columns over all rows, later ones included, which no decoder can; a last row
           normalisation makes the weights of a block add up to 1. Means in place of running sums. The first
-          block has nothing to sort. Gumbel noise in training only. The quadratic mixture is another mixer
+          block has nothing to sort. Gumbel noise in training only. The quadratic mixture is another mixer.
+          kv_heads: each write-head sorts its blocks once for the query heads that share it
 """
 
 from collections.abc import Callable

@@ -6,7 +6,7 @@ State     that of the Sinkhorn heads, and all keys and values of the ordinary on
 Cost      whole sequence O(T^2 D) an ordinary head; one token O(S D)
 Decodes   exactly, as both parts do
 Differs   the paper adds both attentions in every head; here each head is of one kind, so that half of them
-          cost nothing quadratic
+          cost nothing quadratic. kv_heads: so many write-heads for each of the two kinds
 """
 
 from collections.abc import Callable

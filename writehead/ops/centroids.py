@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from writehead.core.processes import summed
+
 DECAY, SMOOTH = 0.999, 1e-5  # the values of the Routing Transformer's authors
 MOST_CLUSTERS = 1 << 15  # their numbers are kept in 16 bits
 SCORES = 1 << 22  # held while tokens look for their centroids
@@ -15,11 +17,13 @@ class Centroids(nn.Module):
     Attributes:
         means: (G, N, D).
         counts, sums: moving averages of how many members each had (G, N), and of their sum (G, N, D).
+        together: do they follow the members of all processes that train the model (`train.parallel.share`)?
     """
 
     def __init__(self, kv_heads: int, clusters: int, head_dim: int) -> None:
         super().__init__()
         means = norm(torch.randn(kv_heads, clusters, head_dim))
+        self.together = False
         self.means: Tensor
         self.counts: Tensor
         self.sums: Tensor
@@ -48,6 +52,8 @@ class Centroids(nn.Module):
         counts = torch.zeros_like(self.counts).scatter_add_(1, at, real)
         wide = at[..., None].expand(-1, -1, D)
         sums = torch.zeros_like(self.sums).scatter_add_(1, wide, torch.where(real[..., None] > 0, x, 0))
+        if self.together:
+            counts, sums = summed(counts), summed(sums)
         self.counts.lerp_(counts, 1 - DECAY)
         self.sums.lerp_(sums, 1 - DECAY)
         total = self.counts.sum(1, keepdim=True)

@@ -160,13 +160,17 @@ class _Chain(torch.autograd.Function):
         g_a, g_b = (torch.zeros_like(t) if g is None else g for t, g in zip((a, b), grads, strict=False))
         more = grads[2:]
         beside: dict[str, Tensor] = {}
+        streams = run.pos.streams
+        run.pos.settle(graph=False)
         for i in reversed(range(len(run.couplings))):
             wanted = [run.places[i], list(run.aux[i].values())]
             g_more = [more[p] if p >= 0 else None for places in wanted for p in places]
             y, g, beside = _again(ctx, i, a, g_b, g_more, beside, found)
             a, b = b - y, a
             g_a, g_b = g_b, g_a + g
+            run.pos.settle()  # what carries a gradient serves one coupling
             del y, g
+        run.pos.streams = streams
         if run.drift is not None:
             size = true[0].abs().max().clamp_min(torch.finfo(true[0].dtype).tiny)
             run.drift.worst = float(
@@ -196,12 +200,12 @@ def _again(
     leaf = b.detach().requires_grad_()
     past = {id(t): t.detach().requires_grad_() for t in coupling.past}
     state = apply(coupling.state, lambda t: past.get(id(t), t))
-    # a new `Positions`: what the first one computed for all layers carries no gradient
-    pos = Positions(run.pos.index)
+    pos = run.pos
     handed = {name: t.detach().requires_grad_() for name, t in run.handed[i].items()}
     pos.streams.update(handed)
-    with torch.enable_grad(), run.tapes[i].replay(), torch.autocast(device[0], device[1], enabled=device[2]):
-        y, after, aux = coupling.branch(leaf, pos, state)
+    with torch.enable_grad(), run.tapes[i].replay():
+        with torch.autocast(device[0], device[1], enabled=device[2]):  # of the forward pass, so not of `grad`
+            y, after, aux = coupling.branch(leaf, pos, state)
         outputs = [y, *(_distinct(after) if coupling.keep else ()), *aux.values()]
         outputs += [pos.streams[name] for name in coupling.streams]
         wanted = [g_y, *g_more, *(beside.get(name) for name in coupling.streams)]

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from writehead.model.seq2seq import Seq2Seq
+from writehead.stacks.reversible import Reversible
 from writehead.train.objective import Objective
 
 
@@ -55,11 +56,14 @@ class Team:
         """The objective as the processes share it; FSDP2 changes it in place."""
         if self.world == 1:
             return objective
+        share(objective)
         if self.strategy == "ddp":
             return DistributedDataParallel(objective)
         mesh = init_device_mesh(self.device.type, (self.world,))
         model = objective.model
         for half in (model.encoder, model.decoder) if isinstance(model, Seq2Seq) else (model,):
+            if isinstance(half.stack, Reversible):
+                continue  # its backward pass needs every layer's weights again, without a call of the layer
             for block in cast(Any, half.stack).blocks:
                 if getattr(block, "cross", None) is not None:
                     fully_shard(block.cross, mesh=mesh)
@@ -98,6 +102,17 @@ class Team:
         """End the exchange."""
         if self._began and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def share(model: nn.Module) -> None:
+    """Let layers that keep averages in training (centroids) count the rows of all processes.
+
+    From then on every training call must happen in every process. The trainer calls it; whoever wraps a model
+    with DistributedDataParallel or FSDP2 by hand calls it before.
+    """
+    for module in model.modules():
+        if hasattr(module, "together"):
+            cast(Any, module).together = True
 
 
 def whole(tensor: Tensor) -> Tensor:
