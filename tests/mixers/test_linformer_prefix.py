@@ -7,6 +7,7 @@ from reference.linformer import prefix as reference
 from writehead.config import ModelConfig
 from writehead.core.positions import Positions
 from writehead.core.state import nbytes
+from writehead.mixers import linformer_prefix
 from writehead.mixers.linformer_prefix import LinformerPrefix
 from writehead.model.decoder import Decoder
 from writehead.model.parts import weights
@@ -20,6 +21,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-11}
 @pytest.mark.parametrize("sharing", ["none", "heads", "key_value", "layers"])
 def test_each_token_reads_the_linformer_of_its_past_with_its_gradients(sharing, kv_heads, piece, monkeypatch):
     monkeypatch.setattr(prefix, "PIECE", piece)
+    monkeypatch.setattr(linformer_prefix, "PIECE", piece + 1)
     mixer = LinformerPrefix(8, heads=4, kv_heads=kv_heads, max_context=9, rank=3, sharing=sharing).double()
     q, k, v = mixer.qkv.weight.unflatten(0, (-1, 2)).split([4, kv_heads, kv_heads])
     e, f = mixer.project.expand(9, 2, kv_heads, 3).permute(1, 2, 3, 0)

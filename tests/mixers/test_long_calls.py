@@ -14,8 +14,9 @@ T = 90
 SPECS = {
     "transformer_xl": {"name": "transformer_xl", "segment": 5, "memory": 6},
     "sliding_xl": {"name": "sliding_xl", "memory": 9},
-    "compressive": {"name": "compressive", "segment": 4, "memory": 4, "compressed": 3},
+    "compressive": {"name": "compressive", "segment": 4, "memory": 4, "compressed": 4},
     "long_short": {"name": "long_short", "window": 7, "chunk": 4, "rank": 2},
+    "most_used": {"name": "most_used", "segment": 4, "memory": 4, "compressed": 3},
 }
 PLACES = {
     "in place": torch.arange(T).expand(2, T),
@@ -39,7 +40,7 @@ def both_passes(mixer, index):
 
 
 @pytest.mark.parametrize("places", PLACES)
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [name for name in SPECS if name != "most_used"])
 def test_a_call_in_many_windows_is_one_window_with_its_gradients(monkeypatch, name, places):
     mixer, index = mixer_of(name), PLACES[places]
     y, grads = both_passes(mixer, index)
@@ -64,6 +65,26 @@ class Touched(TorchDispatchMode):
             tensors = [t for t in tree_leaves((args, kwargs, made)) if isinstance(t, torch.Tensor)]
             Touched.bytes += sum(t.numel() * t.element_size() for t in tensors)
         return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["transformer_xl", "sliding_xl", "compressive", "most_used"])
+def test_one_token_touches_as_much_behind_a_long_past_as_behind_a_short_one(name):
+    mixer = mixer_of(name)
+    state, counts = None, {}
+    for first, size in (
+        (0, 60),
+        *((60 + t, 1) for t in range(4)),
+        (64, 536),
+        *((600 + t, 1) for t in range(4)),
+    ):
+        Touched.bytes = 0
+        with Touched():
+            _, state, _ = mixer(
+                torch.zeros(1, size, 8).double(), Positions.range(1, first, first + size), state
+            )
+        counts[first] = Touched.bytes
+    assert [counts[60 + t] for t in range(4)] == [counts[600 + t] for t in range(4)]
 
 
 def touched(mixer, tokens):

@@ -27,6 +27,8 @@ from writehead.mixers.linformer import Linformer, check_end
 from writehead.mixers.transformer_xl import projections
 from writehead.ops.prefix import prefix
 
+PIECE = 2048  # tokens whose scores are made at a time, few enough for a processor's cache
+
 
 class Slots(NamedTuple):
     """The past."""
@@ -95,10 +97,18 @@ class LinformerPrefix(nn.Module):
             q, (k, v) = query(x, pos), project(x)
             check_end(pos, end)
             keys, sums = start(len(x), x) if state is None else state
-            here = columns[pos.index.clamp_min(0)] * pos.valid[..., None, None, None]
+            if pos.start is None:
+                here = columns[pos.index.clamp_min(0)] * pos.valid[..., None, None, None]
+            else:
+                here = columns[pos.start : pos.start + x.shape[1]][None].expand(len(x), -1, -1, -1, -1)
             e, f = here.to(keys).expand(*here.shape[:2], 2, G, R).unbind(2)
-            scores, keys = prefix(q.unflatten(2, (G, -1)).to(keys), k.to(keys), e, keys)
-            y, sums = prefix((scores * scale).softmax(-1), f, v.to(keys), sums)
+            given = (q.unflatten(2, (G, -1)).to(keys) * scale, k.to(keys), v.to(keys), e, f)
+            pieces = []
+            for q, k, v, e, f in zip(*(t.split(PIECE, 1) for t in given), strict=True):
+                scores, keys = prefix(q, k, e, keys)
+                y, sums = prefix(scores.softmax(-1), f, v, sums)
+                pieces.append(y)
+            y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
             return out(y.flatten(2).to(x.dtype)), Slots(keys, sums), NOTHING
 
         return run

@@ -35,6 +35,8 @@ from writehead.ops.attend import attend
 from writehead.ops.cut import cut
 from writehead.positions.relative import Relative
 
+NOWHERE = 1 << 60
+
 
 class TransformerXL(nn.Module):
     """Self-attention with a memory of segments and relative positions."""
@@ -201,7 +203,7 @@ class TwoMemories(nn.Module):
         away = q[:, :, None] - first + end - slot[:, None, :]
         known = (slot >= 0)[:, None] & (q >= 0)[:, :, None]
         read = known & (slot[:, None] < end) & (slot[:, None] >= end - self.compressed)
-        return read[:, None], away
+        return read[:, None], away * read  # distances of the others may be of any size: no sinusoids for them
 
 
 def projections(
@@ -247,5 +249,6 @@ def apart(pos: Positions, k_pos: Tensor, pattern: Pattern) -> list[Tensor]:
 
 
 def distances(q: Tensor, k: Tensor) -> Tensor:
-    """Positions q (B, T) and k (B, S) -> how far back each key lies (B, T, S)."""
-    return q[:, :, None] - k[:, None, :]
+    """Positions q (B, T) and k (B, S) -> how far back each key lies (B, T, S); below 0 where nothing stands,
+    since the largest distance says how many sinusoids are made."""
+    return q[:, :, None] - torch.where(k < 0, NOWHERE, k)[:, None, :]
