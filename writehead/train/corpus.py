@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from writehead.convert.errors import shown
+from writehead.train.hub import PREFIX, fetched
 
 EMBEDDED = "stdlib"
 SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".jsonl", ".tsv")
@@ -28,8 +29,9 @@ def files(sources: Sequence[str]) -> list[Path]:
     """The files that data sources name, in an order that depends on nothing but their names.
 
     Args:
-        sources: files, folders (all their text files), or "stdlib": Python's own modules without their
-            tests, mixed by a hash of their names so that the last ones are a fair sample.
+        sources: files, folders (all their text files), data sets of Hugging Face ("hf:NAME:SPLIT"), or
+            "stdlib": Python's own modules without their tests, mixed by a hash of their names so that the
+            last ones are a fair sample.
 
     Raises:
         ValueError: nothing there, or a folder without text files.
@@ -39,6 +41,8 @@ def files(sources: Sequence[str]) -> list[Path]:
         path = Path(source)
         if source == EMBEDDED:
             found += _embedded()
+        elif source.startswith(PREFIX):
+            found.append(fetched(source))
         elif path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and _is_text(p))
             if not inside:
