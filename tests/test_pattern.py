@@ -396,3 +396,12 @@ def test_reprs_read_as_they_are_written():
 def test_what_a_pattern_refuses_it_says(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_tiles_of_image_blocks_are_those_that_hold_a_pair():
+    pattern, size = Image2D(64, 8, 16, 4, 8), 128  # a tile is a block
+    at = torch.arange(2048)
+    pairs = pattern.allows(at[:, None], at).view(16, size, 16, size).any(3).any(1)
+    first = torch.arange(0, 2048, size)
+    found = pattern.tiles(first[:, None], first[:, None] + size - 1, first, first + size - 1)
+    assert torch.equal(found, pairs)

@@ -1,6 +1,7 @@
 """The command line's frame: verbs by name, errors in one line, exit codes, quiet pipes, no torch for help."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 import writehead
-from writehead.cli import VERBS, Verb, app, errors
+from writehead.cli import VERBS, Verb, app, errors, main
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = [name for name, verb in VERBS.items() if importlib.util.find_spec(verb.target.partition(":")[0])]
@@ -206,3 +207,16 @@ def test_python_m_writehead_is_the_command() -> None:
     done = python("-m", "writehead", "nothing")
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown verb 'nothing' (accepted: ")
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "1"), ("0", "0")])
+def test_large_tensors_go_on_huge_pages_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["writehead", "--version"])
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given or "")
+    if given is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == kept

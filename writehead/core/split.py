@@ -24,7 +24,7 @@ def split(t: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
     """
     plain = type(t) is not Tensor or not t.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling()
     if plain or torch._C._are_functorch_transforms_active():
-        return t.split(list(sizes), dim)
+        return tuple(t.split(list(sizes), dim))
     found: tuple[Tensor, ...] = _Split.apply(t, tuple(sizes), dim)  # type: ignore[no-untyped-call]
     return found
 
@@ -33,7 +33,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, sizes: tuple[int, ...], dim: int) -> tuple[Tensor, ...]:
         ctx.dim = dim
-        return t.split(list(sizes), dim)
+        return tuple(t.split(list(sizes), dim))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
