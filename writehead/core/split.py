@@ -22,7 +22,7 @@ def split(t: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
     Returns:
         Views of t.
     """
-    plain = type(t) is not Tensor or not t.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    plain = not t.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling()
     if plain or torch._C._are_functorch_transforms_active():
         return tuple(t.split(list(sizes), dim))
     found: tuple[Tensor, ...] = _Split.apply(t, tuple(sizes), dim)  # type: ignore[no-untyped-call]
@@ -45,11 +45,11 @@ class _Split(torch.autograd.Function):
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
     """The view of one tensor that holds the parts behind one another, or None if they do not lie so."""
     first, at, size = parts[0], parts[0].storage_offset(), 0
-    shape, memory = list(first.shape), first.untyped_storage().data_ptr()
+    shape, whole = list(first.shape), first._base
     for part in parts:
         shape[dim] = part.shape[dim]
         beside = part.stride() == first.stride() and part.storage_offset() == at
-        if not beside or list(part.shape) != shape or part.untyped_storage().data_ptr() != memory:
+        if not beside or list(part.shape) != shape or whole is None or part._base is not whole:
             return None
         at += part.shape[dim] * first.stride(dim)
         size += part.shape[dim]
