@@ -109,8 +109,11 @@ def give(total: Tensor, value: Tensor, runs: Sequence[tuple[int, int]], reached:
     at = 0
     for a, b in runs:
         old, own = min(max(a, reached), b), value[:, :, at : at + b - a]
-        total[:, :, a:old] += own[:, :, : old - a]
-        total[:, :, old:b] = own[:, :, old - a :]
-        total[:, :, reached:a] = 0
+        if reached < a:
+            total[:, :, reached:a] = 0
+        if a < old:
+            total[:, :, a:old] += own[:, :, : old - a]
+        if old < b:
+            total[:, :, old:b] = own[:, :, old - a :]
         reached, at = max(reached, b), at + b - a
     return reached
