@@ -15,12 +15,14 @@ from writehead.bench.scaling import WINDOW, Growth, alone, clock
 from writehead.catalog import MIXERS, build
 from writehead.config import ModelConfig
 from writehead.core.heads import QKV
+from writehead.core.pattern import Window
 from writehead.core.positions import Positions
 from writehead.model.decoder import Decoder
+from writehead.ops.blocks import block_attend
 from writehead.ops.chunked_loss import chunked_loss
 
 Run = Callable[[Tensor], Tensor]
-CAUSAL, SIDES = "causal", "both sides"
+CAUSAL, SIDES, BARE = "causal", "both sides", "without projections"
 VOCAB = 256
 
 
@@ -53,6 +55,21 @@ class _Around(nn.Module):
 
 def _dense(causal: bool, heads: int, head_dim: int) -> Run:
     return _Around(partial(F.scaled_dot_product_attention, is_causal=causal), heads, head_dim)
+
+
+def _bare(attention: Callable[..., Tensor], heads: int, head_dim: int) -> Run:
+    """Attention of q = k = v = x, (B, T, H, D) each: no projections around it."""
+
+    def run(x: Tensor) -> Tensor:
+        each = x.unflatten(2, (heads, head_dim))
+        return attention(each, each, each).flatten(2)
+
+    return run
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
 
 
 def _local_attention(heads: int, head_dim: int) -> Run:
@@ -104,6 +121,8 @@ LAYERS: Mapping[str, tuple[str, Callable[[int, int], Run]]] = {
     ),
     "local-attention": (CAUSAL, _local_attention),
     "dense SDPA": (CAUSAL, partial(_dense, True)),
+    "window, no projections": (BARE, partial(_bare, partial(block_attend, pattern=Window(WINDOW)))),
+    "dense SDPA, no projections": (BARE, partial(_bare, _sdpa)),
     "longformer": (SIDES, partial(_ours, {"name": "longformer", "window": WINDOW, "tokens": 0}, True)),
     "transformers' Longformer": (SIDES, _longformer),
     "dense SDPA, both sides": (SIDES, partial(_dense, False)),
@@ -149,7 +168,7 @@ def beside_peers(
 
 def ratios(cells: Sequence[Growth]) -> dict[str, dict[str, float]]:
     """How often ours fits into each other layer's step of the same kind takes, where both were timed."""
-    ours = {CAUSAL: "window", SIDES: "longformer"}
+    ours = {CAUSAL: "window", SIDES: "longformer", BARE: "window, no projections"}
     seconds = {cell.name: cell.both_s for cell in cells if not cell.error}
     found: dict[str, dict[str, float]] = {}
     for name, (kind, _) in LAYERS.items():
