@@ -54,3 +54,11 @@ def test_the_command_prints_a_table(monkeypatch):
     result = CliRunner().invoke(command, ["kernels"])
     assert result.exit_code == 0
     assert all(word in result.stdout for word in ("100 x 500", "native int8", "2000", "5.0", "50%"))
+
+
+def test_what_is_kept_has_a_plot_of_its_rates(monkeypatch, tmp_path):
+    found = [row(rows=count, name=name) for name in ("native int8", "torch int8") for count in (1, 4)]
+    monkeypatch.setattr(kernels, "measure", lambda **options: found)
+    assert CliRunner().invoke(command, ["kernels", "--out", str(tmp_path)]).exit_code == 0
+    assert len(json.loads((tmp_path / "kernels.json").read_text())["results"]) == 4
+    assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")

@@ -7,6 +7,7 @@ from typing import Any
 
 from writehead.bench.decode import Row
 from writehead.bench.heads import Shared
+from writehead.bench.kernels import Row as Product
 
 INK = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#4d4d4d")  # apart in grey, too
 
@@ -40,6 +41,34 @@ def decode_plot(rows: Sequence[Row], path: Path) -> None:
     figure.legend(handles, [*engines, "roofline of this machine"], loc="lower center", ncols=len(engines) + 1,
                   fontsize=8, frameon=False)  # fmt: skip
     figure.tight_layout(rect=(0, 0.06, 1, 1))
+    _save(figure, path)
+
+
+def kernels_plot(rows: Sequence[Product], path: Path) -> None:
+    """Operations per second of each product against the rows of x, a plot for each matrix."""
+    plt = _pyplot()
+    shapes, names = (
+        list(dict.fromkeys(found)) for found in zip(*(((r.n, r.k), r.name) for r in rows), strict=True)
+    )
+    figure, axes = plt.subplots(1, len(shapes), figsize=(3.6 * len(shapes), 3.3), squeeze=False)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        for name in names:
+            line = [(r.rows, r.rate / 1e9) for r in rows if (r.n, r.k, r.name) == (*shape, name)]
+            if line:
+                axis.plot(*zip(*line, strict=True), "o-", color=INK[names.index(name) % len(INK)],
+                          markersize=4, label=name)  # fmt: skip
+        counts = sorted({r.rows for r in rows})
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.set_title(f"{shape[0]} outputs, {shape[1]} inputs", fontsize=9)
+        axis.set_xlabel("rows", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("10^9 operations a second", fontsize=8)
+    axes[0][0].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
     _save(figure, path)
 
 

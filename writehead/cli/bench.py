@@ -70,7 +70,7 @@ def kernels_command(
     rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of x; repeat for several.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each product.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for kernels.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for kernels.json and kernels.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """The native engine's matrix products in each format, beside memory's speed and PyTorch's products."""
@@ -88,8 +88,11 @@ def kernels_command(
     else:
         console().print(kernels_table(found))
     if out is not None:
+        from writehead.bench.plots import kernels_plot
+
         write_record(out / "kernels.json", "kernels", found, {"rounds": rounds, "threads": threads})
-        typer.echo(f"written: {out / 'kernels.json'}", err=True)
+        kernels_plot(found, out / "kernels.png")
+        typer.echo(f"written: {out / 'kernels.json'} and kernels.png", err=True)
 
 
 @command.command("decode")

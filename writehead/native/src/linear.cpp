@@ -19,6 +19,7 @@ constexpr int kFloatRows = 6, kFloatBlocks = 1, kByteRows = 2, kByteBlocks = 1;
 #else
 constexpr int kFloatRows = 3, kFloatBlocks = 1, kByteRows = 1, kByteBlocks = 1;
 #endif
+constexpr int kTallRows = kLanes == 16 ? 28 : kFloatRows;  // of bfloat16 in a tile of one block: each is widened once
 constexpr int kPanel = 128;      // inputs of a float panel, which stays in the first cache while tiles pass
 constexpr int kCopied = 3;       // tiles from which bfloat16 weights are worth a copy in float32
 constexpr int kAhead = 4096;     // bytes
@@ -27,6 +28,17 @@ constexpr int kPieceBytes = 64 * 1024, kPieces = 16;  // the most bytes, the lea
 constexpr int kFew = 4;          // rows below which one block of outputs at a time is fastest
 
 bool in_bytes(const wh_matrix& w) { return w.format == WH_INT8 || w.format == WH_INT4; }
+
+// Rows in bfloat16 that are one tile of one block; in float32, where memory is the limit, two tiles of three are faster.
+bool tall(const wh_matrix& w, int rows) {
+    return w.format == WH_BFLOAT16 && rows > kFloatRows && rows <= kTallRows;
+}
+
+// Blocks of outputs that a tile takes at a time.
+int blocks_at_once(const wh_matrix& w, int rows) {
+    if (in_bytes(w)) return rows < 2 ? 1 : kByteBlocks;
+    return rows < kFew || tall(w, rows) ? 1 : kFloatBlocks;
+}
 
 int padded(const wh_matrix& w) { return round_up(w.k, kGroup); }
 
@@ -77,7 +89,7 @@ void quantise_row(const wh_matrix& w, const float* x, const Quantised& to, int r
         const_cast<float*>(to.scales)[g * rows + row] = scale;
         // unsigned, since a row that is not finite has any sum, which may wrap: its scale is not finite either
         const_cast<int32_t*>(to.taken)[g * rows + row] =
-            static_cast<int32_t>(static_cast<uint32_t>(kTaken - 128) * static_cast<uint32_t>(sum));
+            static_cast<int32_t>(kWhole + static_cast<uint32_t>(kTaken - 128) * static_cast<uint32_t>(sum));
         const_cast<float*>(to.sums)[g * rows + row] = scale * static_cast<float>(sum);
     };
     const int whole = w.k / kGroup;
@@ -110,7 +122,7 @@ void transpose(const float* from, int ldx, int rows, int n, float* to, int apart
 
 template <class T>
 using FloatTile = void (*)(const T*, size_t, const float*, int, const Output&);
-using ByteTile = void (*)(const uint8_t*, size_t, const uint16_t*, size_t, const Quantised&, int, const Output&);
+using ByteTile = void (*)(const uint8_t*, size_t, const uint16_t*, size_t, Quantised, int, const Output&);
 
 // Tiles by their height; from `Least` rows on.
 template <class T, int B, int F, int Least = 1, size_t... R>
@@ -129,13 +141,15 @@ FloatTile<T> float_tile_of(int height, int blocks, int fetched) {
     constexpr auto every = std::make_index_sequence<kFloatRows>();
     constexpr int kHalf = (kFloatRows + 1) / 2, kSome = kFloatBlocks > 1 ? 2 : 1;
     constexpr auto high = std::make_index_sequence<kFloatRows - kHalf + 1>();
-    static constexpr auto one = float_tiles<T, 1, 1>(every);
+    constexpr auto tall = std::make_index_sequence<sizeof(T) == sizeof(float) ? kFloatRows : kTallRows>();
+    static constexpr auto one = float_tiles<T, 1, 1>(tall);
     static constexpr auto some = float_tiles<T, kSome, kSome>(every);
     static constexpr auto alone = float_tiles<T, kFloatBlocks, kFloatBlocks>(every);
     static constexpr auto none = float_tiles<T, kFloatBlocks, 0, kHalf>(high);
     static constexpr auto first = float_tiles<T, kFloatBlocks, 1, kHalf>(high);
     static constexpr auto both = float_tiles<T, kFloatBlocks, kSome, kHalf>(high);
-    if (blocks < kFloatBlocks) return (blocks == 1 ? one : some)[height - 1];
+    if (blocks == 1) return one[height - 1];
+    if (blocks < kFloatBlocks) return some[height - 1];
     if (fetched == kFloatBlocks || height < kHalf) return alone[height - 1];
     return (fetched == 0 ? none : fetched == 1 ? first : both)[height - kHalf];
 }
@@ -164,19 +178,20 @@ Output panel_output(const wh_matrix& w, const Output& all, int n, int n1, int bl
     return out;
 }
 
-// Calls body(first row, height, number) for the tiles of an area, and says how many there are.
+// Calls body(first row, height, number) for the tiles of an area.
 template <class Body>
 void each_tile(const Tiles& tiles, const Area& area, const Body& body) {
     const int from = tiles.of(area.row0);
-    for (int tile = from; tile < tiles.count && tiles.begin(tile) < area.row1; tile++) {
-        body(tiles.begin(tile), tiles.begin(tile + 1) - tiles.begin(tile), tile - from);
+    for (int tile = from, row = area.row0, next; row < area.row1; tile++, row = next) {
+        next = tiles.begin(tile + 1);  // a division takes as long as a part of a tile
+        body(row, next - row, tile - from);
     }
 }
 
 template <class T>
 void multiply_float(const wh_matrix& w, const float* x, int rows, const Area& area, const Output& all) {
     const Tiles tiles(w, rows);
-    const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = rows < kFew ? 1 : kFloatBlocks;
+    const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = blocks_at_once(w, rows);
     const bool copied = sizeof(T) < sizeof(float) && count >= kCopied;
     const size_t stride = static_cast<size_t>(padded(w)) * kBlock;
     const int panels = count > 1 ? std::max(1, (w.k + kPanel - 1) / kPanel) : 1;
@@ -214,7 +229,7 @@ void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, const Are
     static constexpr auto wide = byte_tiles<F, kByteBlocks, true>(std::make_index_sequence<kByteRows>());
     static constexpr auto still = byte_tiles<F, kByteBlocks, false>(std::make_index_sequence<kByteRows>());
     const Tiles tiles(w, rows);
-    const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = rows < 2 ? 1 : kByteBlocks;
+    const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = blocks_at_once(w, rows);
     const int groups = padded(w) / kGroup;
     const size_t bytes = static_cast<size_t>(groups) * group_bytes(F), scales = static_cast<size_t>(groups) * group_scales(F);
     for (int n = area.n0, blocks; n < area.n1; n += blocks * kBlock) {
@@ -262,13 +277,12 @@ void prepare(const wh_matrix& w, const float* x, int ldx, int first, int last, i
 }
 
 Tiles::Tiles(const wh_matrix& w, int rows) : rows(rows) {
-    const int most = in_bytes(w) ? kByteRows : kFloatRows;
+    const int most = in_bytes(w) ? kByteRows : tall(w, rows) ? kTallRows : kFloatRows;
     count = (rows + most - 1) / most;
 }
 
 Pieces::Pieces(const wh_matrix& w, int rows, int step) : tiles_(w, rows), n_(w.n) {
-    const int wide = (in_bytes(w) ? kByteBlocks : rows < kFew ? 1 : kFloatBlocks) * kBlock;
-    const int least = std::lcm(step, wide);
+    const int least = std::lcm(step, blocks_at_once(w, rows) * kBlock);
     const int bits = w.format == WH_FLOAT32 ? 32 : w.format == WH_BFLOAT16 ? 16 : w.format == WH_INT8 ? 9 : 5;
     const int by_size = static_cast<int>(8L * kPieceBytes / (static_cast<long>(bits) * std::max(padded(w), 1)));
     outputs_ = std::max(std::min(by_size, w.n / kPieces) / least, 1) * least;

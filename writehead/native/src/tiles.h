@@ -38,14 +38,26 @@ inline void finish(const vec (&sums)[R][V], const Output& out) {
         }
         return;
     }
+    float rows[R][V * kLanes];  // with indices that vary, sums would not be registers anywhere
+    WH_UNROLL
     for (int r = 0; r < R; r++) {
-        float row[V * kLanes];
-        std::memcpy(row, sums[r], sizeof row);
+        WH_UNROLL
+        for (int v = 0; v < V; v++) store(rows[r] + v * kLanes, sums[r][v]);
+    }
+    for (int r = 0; r < R; r++) {
+        const float* row = rows[r];
         float* y = out.y + r * out.ldy;
         for (int n = 0; n < out.n; n++) {
             y[n] = row[n] + (out.bias ? out.bias[n] : 0) + (out.add ? y[n] : 0);
         }
     }
+}
+
+// Does row r of a tile read its number anew for each vector, not once into a register? Where instructions are what
+// is short, some rows should; with all of them loads would be.
+constexpr bool in_place(int r, int V) {
+    constexpr int kOf = 9, kSome = 4;
+    return V == 1 || (r + 1) * kSome / kOf != r * kSome / kOf;
 }
 
 inline vec load_weights(const float* w) { return load(w); }
@@ -70,9 +82,13 @@ void float_tile(const T* w, size_t stride, const float* x, int k, const Output& 
         for (int f = 0; f < F; f++) __builtin_prefetch(out.ahead[f] + i * sizeof(T) * kBlock);
         WH_UNROLL
         for (int r = 0; r < R; r++) {
-            const vec input = splat(x[static_cast<size_t>(i) * R + r]);
+            const float* from = x + static_cast<size_t>(i) * R + r;
+            const vec input = splat(*from);
             WH_UNROLL
-            for (int v = 0; v < V; v++) sum[r][v] = fma(input, weights[v], sum[r][v]);
+            for (int v = 0; v < V; v++) {
+                sum[r][v] = in_place(r, V) ? add_product(sum[r][v], weights[v], from)
+                                           : add_product(sum[r][v], weights[v], input);
+            }
         }
     };
     int i = 0;
@@ -96,7 +112,7 @@ void float_tile(const T* w, size_t stride, const float* x, int k, const Output& 
 struct Quantised {
     const int32_t* values;  // kUnits times four signed bytes
     const float* scales;
-    const int32_t* taken;  // what offsets the 128 that an int8 weight has too much
+    const int32_t* taken;  // where sums of int8 products begin: kWhole, and what offsets the 128 that a weight has too much
     const float* sums;     // scale times the sum of the values
 };
 
@@ -115,17 +131,17 @@ inline bvec unit(const uint8_t* group, int j) {
 // `groups` groups of B blocks, whose bytes are `stride` and whose scales are `scale_stride` apart; with FETCH a line
 // for each block is fetched at a time.
 template <Bytes F, int R, int B, bool FETCH>
-void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t scale_stride, const Quantised& x,
+void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t scale_stride, Quantised x,
                int groups, const Output& out) {
     constexpr int V = B * kParts;
     constexpr int kBytes = group_bytes(F);
     vec sums[R][V] = {};
-    for (int g = 0; g < groups; g++) {
+    for (int g = 0; g < groups; g++, x.values += kUnits * R, x.scales += R, x.taken += R, x.sums += R) {
         ivec products[R][V];
         WH_UNROLL
         for (int r = 0; r < R; r++) {
             WH_UNROLL
-            for (int v = 0; v < V; v++) products[r][v] = F == kInt8 ? splat_int(x.taken[g * R + r]) : ivec{};
+            for (int v = 0; v < V; v++) products[r][v] = splat_int(F == kInt8 ? x.taken[r] : kWhole);
         }
         WH_UNROLL
         for (int j = 0; j < kUnits; j++) {
@@ -141,26 +157,24 @@ void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t s
             }
             WH_UNROLL
             for (int r = 0; r < R; r++) {
-                const ivec input = splat_int(x.values[(static_cast<size_t>(g) * kUnits + j) * R + r]);
+                const int32_t* from = x.values + j * R + r;
+                const ivec input = splat_int(*from);
                 WH_UNROLL
                 for (int v = 0; v < V; v++) {
-                    products[r][v] = F == kInt8 ? dot_bytes(products[r][v], weights[v], input)
-                                                : dot_nibbles(products[r][v], weights[v], input);
+                    ivec& sum = products[r][v];
+                    sum = in_place(r, V) ? add_dot<F == kInt4>(sum, weights[v], from)
+                                         : add_dot<F == kInt4>(sum, weights[v], input);
                 }
             }
         }
         WH_UNROLL
         for (int v = 0; v < V; v++) {
             const uint16_t* from = scales + v / kParts * scale_stride + static_cast<size_t>(g) * group_scales(F) + v % kParts * kLanes;
-            const vec scale = load_f16(from);
+            const vec scale = load_f16(from), taken_off = less(scale), least = F == kInt4 ? load_f16(from + kBlock) : vec{};
             WH_UNROLL
             for (int r = 0; r < R; r++) {
-                sums[r][v] = fma(to_float(products[r][v]), scale * splat(x.scales[g * R + r]), sums[r][v]);
-            }
-            if (F != kInt8) {
-                const vec least = load_f16(from + kBlock);
-                WH_UNROLL
-                for (int r = 0; r < R; r++) sums[r][v] = fma(least, splat(x.sums[g * R + r]), sums[r][v]);
+                sums[r][v] = add_product(sums[r][v], scaled(products[r][v], scale, taken_off), x.scales + r);
+                if (F == kInt4) sums[r][v] = add_product(sums[r][v], least, x.sums + r);
             }
         }
     }

@@ -15,7 +15,7 @@
 #if defined(__clang__)
 #define WH_UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define WH_UNROLL _Pragma("GCC unroll 16")
+#define WH_UNROLL _Pragma("GCC unroll 32")
 #endif
 
 namespace wh {
@@ -59,6 +59,26 @@ inline vec fma(vec a, vec b, vec c) {
     return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
+#endif
+}
+
+// fma(a, b, sum) whose result has the sum's register: compilers that move it run out of registers in the largest tiles.
+inline vec add_product(vec sum, vec a, vec b) {
+#if defined(__AVX512F__)
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+#else
+    return fma(a, b, sum);
+#endif
+}
+
+// The same for a number in memory, which there needs no instruction of its own.
+inline vec add_product(vec sum, vec a, const float* b) {
+#if defined(__AVX512F__)
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
+    return sum;
+#else
+    return fma(a, splat(*b), sum);
 #endif
 }
 
@@ -221,6 +241,38 @@ inline ivec dot_nibbles(ivec sum, bvec w, ivec x) {
     return dot_signed(sum, (svec)((wvec)w & 0xff), (svec)((wvec)w >> 8), x);
 }
 #endif
+// dot_bytes(sum, w, x), or dot_nibbles, as `add_product`.
+template <bool NIBBLES>
+inline ivec add_dot(ivec sum, bvec w, ivec x) {
+#if defined(__AVX512VNNI__)
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+#else
+    return NIBBLES ? dot_nibbles(sum, w, x) : dot_bytes(sum, w, x);
+#endif
+}
+template <bool NIBBLES>
+inline ivec add_dot(ivec sum, bvec w, const int32_t* x) {
+#if defined(__AVX512VNNI__)
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*x));
+    return sum;
+#else
+    return add_dot<NIBBLES>(sum, w, splat_int(*x));
+#endif
+}
+
+// Integers n with |n| < 2^22 times a scale of few bits: n that begins at kWhole is a float without a conversion, since
+// kWhole is 1.5 * 2^23 there, whose last bit is worth 1; what that adds to the product is exact, and `less` takes it off.
+#if defined(__AVX512F__) || defined(__FMA__) || defined(__aarch64__)
+constexpr int32_t kWhole = 0x4b400000;
+inline vec less(vec scale) { return scale * splat(-12582912.0f); }
+inline vec scaled(ivec n, vec scale, vec less) { return fma(as_float(n), scale, less); }
+#else
+constexpr int32_t kWhole = 0;
+inline vec less(vec) { return vec{}; }
+inline vec scaled(ivec n, vec scale, vec) { return to_float(n) * scale; }
+#endif
+
 inline bvec low_nibbles(bvec w) { return w & 15; }
 inline bvec high_nibbles(bvec w) { return (bvec)(((wvec)w >> 4) & 0x0f0f); }
 
