@@ -16,6 +16,7 @@ SPECS = {
     "sliding_xl": {"name": "sliding_xl", "memory": 9},
     "compressive": {"name": "compressive", "segment": 4, "memory": 4, "compressed": 4},
     "long_short": {"name": "long_short", "window": 7, "chunk": 4, "rank": 2},
+    "synthesizer": {"name": "synthesizer_mixed", "max_context": T + 3},
     "most_used": {"name": "most_used", "segment": 4, "memory": 4, "compressed": 3},
 }
 PLACES = {

@@ -319,7 +319,7 @@ def faster_from(cells: Sequence[Cell], name: str, part: str) -> tuple[int | None
 def crossover_plot(cells: Sequence[Cell], path: Path) -> None:
     """Times as multiples of those of dense attention, in training and in decoding; below 1 is faster."""
     plt = _pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.6), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(13.5, 5.4), sharey=True)
     panels = (("train", True, "training, causal"), ("train", False, "training, both sides"),
               ("decode", True, "decoding, one token"))  # fmt: skip
     for axis, (part, causal, title) in zip(axes, panels, strict=True):
@@ -343,7 +343,9 @@ def crossover_plot(cells: Sequence[Cell], path: Path) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=6.5, frameon=False)
+    axes[1].legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("time over dense attention's", fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    lines, names = axes[0].get_legend_handles_labels()  # the same as on the right
+    figure.legend(lines, names, loc="lower center", ncols=6, fontsize=7, frameon=False)
     _save(figure, path)

@@ -10,7 +10,7 @@ Differs   nothing is shared among query heads and values are not tied to keys, a
           does; the two factors of the factorised form cover every pair, as the equation says
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from writehead.mixer import NOTHING, Aux
 from writehead.mixers.linformer import check_end
 from writehead.mixers.softmax import View, _views
 from writehead.ops.attend import attend
+from writehead.ops.cut import cut
 
 MEMBERS = ("dense", "random", "factorised_dense", "factorised_random", "dot")
 
@@ -193,6 +194,8 @@ class Synthesizer(nn.Module):
     def _attend(self, of: Of) -> Callable[[Tensor, Tensor, Keys, Positions, Pattern], Tensor]:
         synthetic = self._synthetic(of)
         mix, at = self.mix, self.members.index("dot") if self.dot else None
+        random = self.scores["random"] if "random" in self.members else None
+        table = random.left if isinstance(random, Table) else None
 
         def run(x: Tensor, q: Tensor, keys: Keys, pos: Positions, pattern: Pattern) -> Tensor:
             pieces, shares = [], None if mix is None else mix.softmax(0)
@@ -202,27 +205,35 @@ class Synthesizer(nn.Module):
                 q, k = q.new_zeros(*q.shape[:3], 1), keys.k.new_zeros(*keys.k.shape[:3], 1)
                 keys = keys._replace(k=k)
             scale = keys.k.shape[-1] ** -0.5
-            for view in pos.once(_views, pos, keys.pos, pattern, True):
+            views = pos.once(_views, pos, keys.pos, pattern, True)
+            for view, own in zip(views, _rows(table, views, pos.start), strict=True):
                 t, s = view.queries, view.keys
-                bias = synthetic(x[:, t], view, shares, pos)
+                bias = synthetic(x[:, t], view, own, shares, pos)
                 part = attend(q[:, t], keys.k[:, s], keys.v[:, s], mask=view.mask, bias=bias, scale=scale)
                 pieces.append(part[0])
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
         return run
 
-    def _synthetic(self, of: Of) -> Callable[[Tensor, View, Tensor | None, Positions], Tensor | None]:
-        """The sum of the synthetic scores (B, H, T, S) of a view."""
+    def _synthetic(
+        self, of: Of
+    ) -> Callable[[Tensor, View, Tensor | None, Tensor | None, Positions], Tensor | None]:
+        """The sum of the synthetic scores (B, H, T, S) of a view, which may bring its rows of the table."""
         parts = [
-            (self.members.index(name), of(part), isinstance(part, Dense))
+            (self.members.index(name), of(part), isinstance(part, Dense), name == "random")
             for name, part in self.scores.items()
         ]
 
-        def run(x: Tensor, view: View, shares: Tensor | None, pos: Positions) -> Tensor | None:
+        def run(
+            x: Tensor, view: View, own: Tensor | None, shares: Tensor | None, pos: Positions
+        ) -> Tensor | None:
             columns, end = pos.once(_columns, view.k)
             total: Tensor | None = None
-            for n, part, dense in parts:
-                one: Tensor = part(x, end) if dense else part(view.q, end)
+            for n, part, dense, whole in parts:
+                if whole and own is not None:
+                    one: Tensor = own[:, :, :end].expand(len(x), -1, -1, -1)
+                else:
+                    one = part(x, end) if dense else part(view.q, end)
                 one = one if shares is None else shares[n] * one
                 total = one if total is None else total + one
             if total is None:
@@ -232,6 +243,18 @@ class Synthesizer(nn.Module):
             return total.gather(3, columns[:, None, None].expand(*total.shape[:3], -1))
 
         return run
+
+
+def _rows(table: Tensor | None, views: Sequence[View], start: int | None) -> Sequence[Tensor | None]:
+    """The rows (H, T, N) of a table of scores that each view of a call from `start` on reads.
+
+    Cut at once: picked view by view each would have a gradient as large as the table.
+    """
+    if table is None or start is None or len(views) == 1:
+        return [None] * len(views)
+    ends = [view.queries.start + view.q.shape[1] for view in views]
+    runs = [slice(start + view.queries.start, start + end) for view, end in zip(views, ends, strict=True)]
+    return cut(table, runs)
 
 
 def _columns(k: Tensor) -> tuple[Tensor | int, int]:
