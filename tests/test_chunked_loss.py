@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from writehead.ops import chunked_loss as module
 from writehead.ops.chunked_loss import Terms, chunked_loss, head_loss, loss_of
+from writehead.train.rehearsal import Ledger, Rehearsal
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 100])
@@ -28,11 +29,15 @@ def test_value_and_gradients_are_those_of_the_whole_loss(chunk):
 
 
 def test_only_one_piece_of_logits_is_held():
-    head, x = nn.Linear(4, 50), torch.randn(1, 64, 4, requires_grad=True)
-    held = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t):
-        chunked_loss(head, x, torch.randint(50, (1, 64)), chunk=8)
-    assert max(held, default=0) < 8 * 50
+    peaks = []
+    for chunk in (8, 512):
+        ledger = Ledger()
+        with Rehearsal(ledger):
+            head, x = nn.Linear(4, 500), torch.randn(1, 512, 4, requires_grad=True)
+            chunked_loss(head, x, torch.zeros(1, 512, dtype=torch.int64), chunk=chunk).backward()
+        peaks.append(ledger.peak)
+    assert peaks[1] > 512 * 500 * 4
+    assert peaks[0] < peaks[1] / 8
 
 
 def test_sixteen_bit_logits_are_summed_in_thirty_two():

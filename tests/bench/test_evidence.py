@@ -1,7 +1,6 @@
 """Evidence goes piece by piece: equal parameters, one record each, and what was stopped goes on."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -131,8 +130,10 @@ def test_translations_are_scored_on_the_test_set(tmp_path: Path) -> None:
     assert record["signature"] in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.skipif(find_spec("sacrebleu") is not None, reason="sacreBLEU is installed")
-def test_a_missing_scorer_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+def test_a_missing_scorer_is_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"translations are scored with sacreBLEU: pip install"):
         work(pieces(["translation"], NOWHERE, **TINY), tmp_path, tmp_path)
 

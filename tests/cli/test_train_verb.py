@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +126,15 @@ def test_a_dry_run_says_what_the_run_costs(run: Run, config: str, tmp_path: Path
         (["train", "optim.lrr=1", "--out", "x"], 1, "unknown key of optim 'lrr'; did you mean 'lr'?"),
         (["train", "data.train=nowhere", "--out", "x"], 1, "there is no 'nowhere'"),
         (["train", "data.train=empty.txt", "--out", "x"], 1, "empty.txt: is empty"),
+        (["train", "dta.length=3", "--out", "x"], 1, "unknown key 'dta'; did you mean 'data'?"),
+        (["train", "data.train=label.tsv", "data.kind=labelled", "--out", "x"], 1,
+         "label.tsv, line 2: the label is missing"),
+        (["train", "data.train=text.tsv", "data.kind=labelled", "--out", "x"], 1,
+         "text.tsv, line 2: has 1 columns, not the 2 of label and text: the text is missing"),
+        (["train", "data.train=stray.tsv", "data.kind=parallel", "model.kind=seq2seq", "--out", "x"], 1,
+         "stray.tsv, line 2: has 3 columns, not the 2 of source and target: a stray tab?"),
+        (["train", "data.train=hf:nowhere:a:b:c", "--out", "x"], 1, "is no data set; write hf:NAME"),
+        (["train", "data.train=hf:table", "--out", "x"], 1, "it has no data files"),
         (["train", "--out", "file"], 1, "file: File exists"),
         (["evaluate", "nowhere", "text.txt"], 1, "there is no model 'nowhere'"),
     ],
@@ -135,10 +145,56 @@ def test_what_cannot_be_done_is_one_line_and_a_code(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "file").write_text("")
+    (tmp_path / "label.tsv").write_text("good\ta text\n\tno label\n")
+    (tmp_path / "text.tsv").write_text("good\ta text\nno label\n")
+    (tmp_path / "stray.tsv").write_text("ein\tone\nzwei\ttwo\t\n")
+    (tmp_path / "table").mkdir()
     ran = run(*arguments)
     assert (ran.code, ran.out, ran.err.count("\n")) == (code, "", 1)
     assert ran.err.startswith("error: ")
     assert message in ran.err.replace('"', "'")
+
+
+def test_a_loss_that_is_no_number_ends_with_the_step_the_checkpoint_and_advice(
+    run: Run, config: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ran = run(
+        "train", config, "--out", str(out), "optim.lr=1e30", "report.save_every=1", "report.eval_every=0"
+    )
+    assert (ran.code, ran.out) == (1, "")
+    said = ran.err.splitlines()[-1]
+    where = re.escape(str(out))
+    assert re.fullmatch(
+        rf"error: step \d+ gave (loss|gradient norm) (nan|inf); the last good checkpoint is {where}/checkpoint-\d+\. "
+        r"Try a lower optim\.lr \(now 1e\+30\), a longer optim\.warmup \(now 2\).*",
+        said,
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (1 << 10, "File too large"),  # no place for the tokens
+        (1 << 17, "the checkpoint of step 2 cannot be written: "),
+    ],
+)
+def test_a_full_disk_is_one_line_that_names_the_file(
+    run: Run, config: str, tmp_path: Path, limit: int, message: str
+) -> None:
+    resource = pytest.importorskip("resource", reason="needs limits of files")
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    try:
+        ran = run("train", config, "--out", str(tmp_path / "out"), "model.dim=128", "report.eval_every=0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    said = ran.err.splitlines()[-1]
+    assert (ran.code, ran.out) == (1, "")
+    assert said.startswith("error: ")
+    assert message in said
+    assert str(tmp_path / "out") in said or "model.safetensors" in said
+    assert not list((tmp_path / "out").rglob("*.partial"))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from writehead.convert.load import load
 from writehead.decode.generate import generate
 from writehead.train import carry, checkpoint
 from writehead.train.config import RunConfig
-from writehead.train.estimate import estimate
+from writehead.train.estimate import _kept, _passes, estimate
 from writehead.train.loop import Diverged, Trainer
 from writehead.train.start import to_yaml
 
@@ -212,6 +212,16 @@ def test_a_dry_run_counts_what_a_run_takes(tmp_path: Path) -> None:
     assert found.step_s > 0
     assert found.epochs == pytest.approx(6 * 64 / (len(TEXT) * 0.95), rel=0.05)
     assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_a_dry_run_carries_states_as_the_run_does(tmp_path: Path) -> None:
+    mixer = {"name": "mqa", "heads": 2, "pattern": {"name": "window", "window": 24}}
+    for carried in (False, True):
+        given = values(write(tmp_path), model={"mixer": mixer}, loop={"carry_state": carried})
+        with begun(given, tmp_path / f"out-{carried}") as trainer:
+            passes = _passes(trainer.objective, trainer.data.train(0), carried)
+            first, later = (_kept(trainer.objective, passes) for _ in range(2))
+        assert (later > first) is carried
 
 
 def test_a_run_is_written_down_whole(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def _dry_run(run: "RunConfig") -> None:
         "memory, about": size(found.fixed_bytes + found.activation_bytes),
         "tokens a step": f"{found.tokens:,}",
         "operations a step": count(found.flops),
-        "time a step": f"{found.step_s:.3g} s, measured on one piece",
+        "time a step": f"{found.step_s:.3g} s, measured on one piece and one update",
         "time of all steps": f"{found.step_s * run.loop.steps / 60:.3g} min of {run.loop.steps:,} steps",
         "passes over the data": f"{found.epochs:.3g}",
     }

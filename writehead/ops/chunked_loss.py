@@ -131,13 +131,15 @@ class _OfLogits(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         scores = picked.to(wide, copy=True) if rows is None else picked.to(wide)
         sums = _sums_and_gradient(scores, target if rows is None else target[rows], terms)
-        ctx.gradients = (_spread(scores.to(logits.dtype), rows, flat).view_as(logits),)
+        ctx.save_for_backward(_spread(scores.to(logits.dtype), rows, flat).view_as(logits))
         ctx.mark_non_differentiable(*sums[1:])
         return sums
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
-        return (*_scaled(ctx, outer[0]), None, None)
+        _check_first()
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient.dtype), None, None
 
 
 class _OfHead(torch.autograd.Function):
@@ -189,24 +191,23 @@ class _OfHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> Any:
-        return (*_scaled(ctx, outer[0]), None, None, None, None)
+        _check_first()
+        if ctx.gradients is None:
+            raise ValueError("the training loss goes backwards once; compute it again for a second time")
+        made, ctx.gradients = ctx.gradients, None  # used up: they are as large as the output matrix
+        scaled = [
+            None if gradient is None else gradient.mul_(outer[0].to(gradient.dtype)) for gradient in made
+        ]
+        return (*scaled, None, None, None, None)
 
 
-def _scaled(ctx: Any, outer: Tensor) -> list[Tensor | None]:
-    """The gradients that the forward pass made, times the loss's own; used up, since memory is short here.
-
-    Raises:
-        ValueError: they were used before, or a derivative of them is wanted.
-    """
+def _check_first() -> None:
+    """Raise where a derivative of the gradient is wanted, which was made by hand."""
     if torch.is_grad_enabled():
         raise ValueError(
             "the training loss has first derivatives only (create_graph=True was given); a loss made of "
             "`logits` and torch.nn.functional.cross_entropy has more"
         )
-    if ctx.gradients is None:
-        raise ValueError("the training loss goes backwards once; compute it again for a second time")
-    made, ctx.gradients = ctx.gradients, None
-    return [None if gradient is None else gradient.mul_(outer.to(gradient.dtype)) for gradient in made]
 
 
 def _counted(target: Tensor) -> Tensor | None:

@@ -112,7 +112,7 @@ class LossConfig:
     Attributes:
         label_smoothing: share of the target's probability given to all tokens alike.
         z_loss: weight of the squared log of the softmax's sum.
-        chunk: tokens of a row whose logits are held at once, made again in the backward pass; 0 is all.
+        chunk: at most so many tokens of a row have their logits at once; 0 is as many as are fast.
         aux: weights of the auxiliary losses that mixers and layers report, by name; 1 where not given.
     """
 

@@ -1,19 +1,25 @@
 """What a run costs, before it runs: counted, and measured on one piece of its first batch."""
 
+import math
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from writehead.core.state import detach
 from writehead.core.work import Call
 from writehead.costs import costs, parameters, read_costs, skeleton
+from writehead.model.decoder import Decoder, DecodeState
 from writehead.model.seq2seq import Seq2Seq
 from writehead.train.batches import Batch
 from writehead.train.config import RunConfig
 from writehead.train.objective import Model, Objective, recompute
+from writehead.train.optim import clip, make_optimizer
 from writehead.train.start import fresh_model, model_config, read_data
 
 BACKWARD = 3  # operations of forward and backward pass, in forward passes
@@ -42,7 +48,7 @@ class Estimate:
 
 
 def estimate(run: RunConfig) -> Estimate:
-    """Prepare the data, build the model and run one piece of a batch twice.
+    """Prepare the data, build the model, run one piece of a batch three times and update the weights twice.
 
     Raises:
         ValueError: data or a model that cannot be had.
@@ -57,20 +63,37 @@ def estimate(run: RunConfig) -> Estimate:
             recompute(model)
         objective = Objective(model, run.loss, data.choices).train()
         size = sum(p.numel() for p in model.parameters())
-        kept, seconds = _measure(objective, piece)
+        passes = _passes(objective, piece, run.loop.carry_state)
+        kept = _kept(objective, passes)
+        seconds = min(_timed(passes) for _ in range(2))
+        update = _timed(_update(model, run))
         return Estimate(
             parameters=parameters(model),
             fixed_bytes=4 * size * COPIES[run.optim.name],
             activation_bytes=kept,
             tokens=batch.read,
             flops=BACKWARD * _forward_flops(skeleton(config), batch),
-            step_s=seconds * run.loop.accumulate,
+            step_s=seconds * run.loop.accumulate + update,
             epochs=run.loop.steps / data.train.count,
         )
 
 
-def _measure(objective: Objective, piece: Batch) -> tuple[int, float]:
-    """Bytes that the forward pass of a piece keeps, and seconds of both passes, the better of two."""
+def _passes(objective: Objective, piece: Batch, carried: bool) -> Callable[[], None]:
+    """Both passes of a piece, with the state of the call before if states are carried."""
+    model = objective.model
+    state = model.init_state(len(piece.tokens)) if carried and isinstance(model, Decoder) else None
+
+    def passes() -> None:
+        nonlocal state
+        sums, after = objective(piece, state)
+        sums.loss.backward()
+        state = None if after is None else cast(DecodeState, detach(after))
+
+    return passes
+
+
+def _kept(objective: Objective, passes: Callable[[], None]) -> int:
+    """Bytes that the forward pass of a piece keeps; afterwards there are gradients."""
     held: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in objective.parameters()}
 
@@ -80,15 +103,27 @@ def _measure(objective: Objective, piece: Batch) -> tuple[int, float]:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    best = float("inf")
-    for _ in range(2):
-        held.clear()
-        began = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            sums, _ = objective(piece)
-        sums.loss.backward()
-        best = min(best, time.perf_counter() - began)
-    return sum(held.values()), best
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        passes()
+    return sum(held.values())
+
+
+def _update(model: Model, run: RunConfig) -> Callable[[], None]:
+    """What follows the passes of a step, once more: its first time makes the optimiser's memory."""
+    optimizer = make_optimizer(model.named_parameters(), run.optim)
+
+    def update() -> None:
+        clip(model.parameters(), run.loop.clip or math.inf, lambda norm: norm)
+        optimizer.step()
+
+    update()
+    return update
+
+
+def _timed(action: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
 
 
 def _forward_flops(model: Model, batch: Batch) -> int:

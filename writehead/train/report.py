@@ -66,8 +66,13 @@ class Reporter:
         """Write figures of a step to the files."""
         if self.silent:
             return
-        with (self.out / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        path = self.out / LOG
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        except OSError as error:
+            error.filename = str(path)  # a full disk does not say which file it was
+            raise
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
