@@ -5,8 +5,8 @@ import torch
 from reference import axial as paper
 
 from writehead.config import ModelConfig
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.core.state import CannotRewind, nbytes, rewind
 from writehead.core.work import Call
 from writehead.costs import state_bytes

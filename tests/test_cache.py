@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from writehead.core.cache import KV, SMALLEST, Layout, Store, append, empty, share_positions, state_bytes
+from writehead.core.cache import KV, append, empty, share_positions, state_bytes
 from writehead.core.pattern import Causal, Leading, Reach, Window
 from writehead.core.positions import Positions
+from writehead.core.slots import SMALLEST, Layout, Store
 from writehead.core.state import CannotRewind, join, nbytes, rewind, select
 
 G, D = 2, 4

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from writehead.catalog import FEEDFORWARDS, MIXERS, load
 from writehead.config import ModelConfig
-from writehead.core.cache import Store
 from writehead.core.pattern import Causal, Full, Leading, PerHead, Window
+from writehead.core.slots import Store
 from writehead.core.state import nbytes
 from writehead.core.work import Call, Work, scores
 from writehead.costs import Costs, costs, match_ffn_width, parameters, read_costs, skeleton, state_bytes

@@ -7,9 +7,9 @@ from torch import nn
 from writehead.catalog import MIXERS
 from writehead.config import ModelConfig
 from writehead.core.bind import bound
-from writehead.core.cache import Store
 from writehead.core.pattern import And, Causal, Leading, Pattern, PerHead, Window
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.core.state import rewind
 from writehead.laws import DECODING, LAWS, Layers, ReadingLayers, build_tiny, check, check_row, laws_for
 from writehead.mixers.softmax import Softmax

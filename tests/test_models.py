@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from writehead.config import ModelConfig
 from writehead.core.bind import bound
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.core.state import detach, join, nbytes, rewind, select, tensors
 from writehead.feedforward.dense import Chunked, Dense
 from writehead.model.decoder import Decoder

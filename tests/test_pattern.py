@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from writehead.core.cache import Layout, Store
 from writehead.core.pattern import (
     PATTERNS,
     And,
@@ -32,6 +31,7 @@ from writehead.core.pattern import (
     from_spec,
     to_spec,
 )
+from writehead.core.slots import Layout, Store
 
 N = 24  # positions looked at
 PLAIN = st.one_of(

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from writehead.core.cache import KV, Store
+from writehead.core.cache import KV
 from writehead.core.pattern import Causal, Pattern, Reach, Window
+from writehead.core.slots import Store
 from writehead.core.state import CannotRewind, Node
 from writehead.mixer import NOTHING
 from writehead.mixers.cross import Cross, Memory

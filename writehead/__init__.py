@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from writehead.config import ModelConfig
     from writehead.convert.load import load, save
     from writehead.convert.packed import load_packed, save_packed
-    from writehead.core.cache import Store
     from writehead.core.pattern import Causal, Full, Leading, Pattern, PerHead, Window
     from writehead.core.positions import Positions
+    from writehead.core.slots import Store
     from writehead.core.state import CannotRewind, detach, join, nbytes, rewind, select
     from writehead.decode.generate import generate, stream
     from writehead.engines import open_engine

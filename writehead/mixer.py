@@ -8,8 +8,8 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.core.state import State
 
 Aux: TypeAlias = Mapping[str, Tensor]  # auxiliary losses and extra streams by name; empty for most mixers

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from writehead.core.cache import KV, Layout, Store, share_positions
+from writehead.core.cache import KV, share_positions
+from writehead.core.slots import Layout, Store
 from writehead.core.state import State
 
 

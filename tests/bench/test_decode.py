@@ -16,7 +16,7 @@ from writehead.bench.ours import NATIVE, TORCH, Ours, Scores, contestants, nativ
 from writehead.bench.quality import judge, windows
 from writehead.config import ModelConfig
 from writehead.convert.load import save
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.core.system import own_seconds
 from writehead.decode.engine import TorchEngine
 from writehead.decode.generate import generate

@@ -14,7 +14,7 @@ from writehead.cli import app, planning
 from writehead.cli.models import config_of
 from writehead.cli.planning import Limits, variants
 from writehead.config import ModelConfig
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.core.work import Call
 from writehead.costs import costs, parameters, skeleton
 

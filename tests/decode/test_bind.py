@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from writehead.core.bind import FEW, MANY, Product, bound, packed
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.decode import engine as engines
 from writehead.decode.engine import TorchEngine
 

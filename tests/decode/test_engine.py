@@ -5,7 +5,7 @@ import torch
 from tiny_models import CAUSAL, PROMPTS, RING, config, decoder, next_logprobs, seq2seq, spread
 from torch import nn
 
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.core.state import nbytes, tensors
 from writehead.core.system import available_memory
 from writehead.decode import engine as engines

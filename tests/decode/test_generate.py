@@ -18,7 +18,7 @@ from tiny_models import (
     seq2seq,
 )
 
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.decode import engine as engines
 from writehead.decode.engine import TorchEngine
 from writehead.decode.generate import generate, stream

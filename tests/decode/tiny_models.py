@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from writehead.catalog import MIXERS, load
 from writehead.config import ModelConfig
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.core.state import State
 from writehead.decode.engine import TorchEngine
 from writehead.mixer import NOTHING, Aux

@@ -5,8 +5,8 @@ import pytest
 import torch
 from reference import patterns as paper
 
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.core.state import rewind
 from writehead.laws import DECODING, ENCODING, check
 from writehead.mixers.longformer import Longformer

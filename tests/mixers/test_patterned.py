@@ -5,9 +5,9 @@ import pytest
 import torch
 from reference import patterns as paper
 
-from writehead.core.cache import Store
 from writehead.core.pattern import Image2D
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.core.state import tensors
 from writehead.laws import DECODING, check
 from writehead.mixers.axial import Axial

@@ -5,8 +5,8 @@ import torch
 from reference.buckets import lsh
 
 from writehead.config import ModelConfig
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.core.state import nbytes
 from writehead.core.work import Call
 from writehead.laws import check

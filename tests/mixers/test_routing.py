@@ -5,9 +5,9 @@ import torch
 from reference.routing import picked, routed
 from torch.nn import functional as F
 
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
 from writehead.core.replay import Tape
+from writehead.core.slots import Store
 from writehead.core.state import nbytes
 from writehead.core.work import Call
 from writehead.feedforward.dense import Dense

@@ -5,10 +5,10 @@ import pytest
 import torch
 from reference.softmax import incremental
 
-from writehead.core.cache import Store
 from writehead.core.heads import QKV
 from writehead.core.pattern import Causal, Full, Leading, PerHead, Window
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.mixers.softmax import Softmax
 from writehead.positions.alibi import ALiBi
 from writehead.positions.rope import Rotary

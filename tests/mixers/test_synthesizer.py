@@ -4,8 +4,8 @@ import pytest
 import torch
 from reference.synthesizer import dense, outer, synthesize
 
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.core.state import nbytes
 from writehead.mixers.softmax import Softmax
 from writehead.mixers.synthesizer import MEMBERS, Synthesizer

@@ -5,9 +5,9 @@ import torch
 from reference.transformer_xl import segments, sliding
 
 from writehead.config import ModelConfig
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
 from writehead.core.segments import Segments
+from writehead.core.slots import Store
 from writehead.core.state import detach, nbytes
 from writehead.mixers.transformer_xl import TransformerXL
 from writehead.model.decoder import Decoder

@@ -10,8 +10,8 @@ from tiny_native import close, config, native, play
 
 from writehead.config import ModelConfig
 from writehead.convert.load import load
-from writehead.core.cache import Store
 from writehead.core.pattern import And, Causal, Full, Leading, Or, Pattern, PerHead, Window
+from writehead.core.slots import Store
 from writehead.decode.engine import TorchEngine
 from writehead.native.covers import NotCoveredError, why_not, window_and_lead
 from writehead.native.engine import NativeEngine

@@ -28,7 +28,7 @@ import json, sys, torch
 from writehead.core.system import peak_memory
 torch.set_num_threads(1)
 before = peak_memory()
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.engines import open_engine
 name, dtype = sys.argv[1:]
 opened = open_engine(name, dtype=dtype or None, engine="native")

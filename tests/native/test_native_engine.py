@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_native import CAUSAL, FLIPS, PROMPTS, ROUNDING, built, close, native, padded, play, single
 
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.core.state import CannotRewind, join, nbytes, rewind, select
 from writehead.decode.engine import TorchEngine
 from writehead.native import engine as engine_module

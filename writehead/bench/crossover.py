@@ -24,8 +24,8 @@ from writehead.bench.live import peak
 from writehead.bench.plots import INK, _pyplot, _save
 from writehead.bench.scaling import slope
 from writehead.catalog import MIXERS, build
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.core.state import detach
 from writehead.core.work import Call
 

@@ -20,7 +20,7 @@ from writehead.bench.neighbour import Beside, beside
 from writehead.bench.ours import FLOATS, Ours, Scores, contestants
 from writehead.bench.peers import DTYPES, Peer, Weights
 from writehead.bench.quality import Quality, judge
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.core.work import Call
 from writehead.costs import costs
 from writehead.model.decoder import Decoder

@@ -19,7 +19,8 @@ from writehead.bench.machine import Roofs
 from writehead.bench.measure import Case, Timing, alternate
 from writehead.bench.ours import TORCH, Ours
 from writehead.config import ModelConfig
-from writehead.core.cache import KV, Store
+from writehead.core.cache import KV
+from writehead.core.slots import Store
 from writehead.core.system import available_memory
 from writehead.core.work import Call
 from writehead.costs import skeleton, state_bytes

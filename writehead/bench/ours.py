@@ -10,7 +10,7 @@ from torch import Tensor
 
 from writehead.bench.peer_engines.common import rows_of
 from writehead.convert.packed import load_packed
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.core.state import State, rewind
 from writehead.decode.engine import Engine, TorchEngine
 from writehead.model.decoder import Decoder

@@ -9,7 +9,7 @@ import torch
 from writehead.bench import machine
 from writehead.catalog import MIXERS, argument
 from writehead.config import ModelConfig
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.core.system import available_memory
 from writehead.core.work import Call
 from writehead.costs import Model, costs, parameters, read_costs, skeleton

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from writehead.core.cache import Layout, Store
 from writehead.core.pattern import Causal, Full, Pattern
+from writehead.core.slots import Layout, Store
 
 ROWS = 256  # queries that are looked at together when the pairs of a pattern are counted
 

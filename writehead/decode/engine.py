@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from writehead.core.bind import bound, itself, packed
-from writehead.core.cache import Store
 from writehead.core.shapes import check_shape
+from writehead.core.slots import Store
 from writehead.core.state import State
 from writehead.core.system import available_memory
 from writehead.model.decoder import Decoder

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from writehead.core.cache import Store
 from writehead.core.shapes import check_choice
+from writehead.core.slots import Store
 from writehead.decode.sampling import Sampling
 
 BEAM_RULES = ("power", "gnmt")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.decode.engine import Engine, check_memory
 from writehead.decode.options import Options
 from writehead.decode.result import Tokenizer

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from writehead.catalog import MIXERS, POSITIONS, Row, Spec, argument, build, find, load
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice
+from writehead.core.slots import Store
 from writehead.core.state import State
 from writehead.laws import encode, kept
 from writehead.laws.causal import causal, padding, select_rows, split

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.core.state import State, join, select
 from writehead.laws.subject import (
     Draw,

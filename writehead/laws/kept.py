@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.core.state import CannotRewind, nbytes, rewind
 from writehead.laws.subject import BrokenError, Draw, Findings, Subject, Tokens, gap
 

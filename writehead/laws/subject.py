@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.core.state import State
 
 TOLERANCE = 1e-9

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import KV, Keys, Store, empty
+from writehead.core.cache import KV, Keys, empty
 from writehead.core.chunks import Open, close, open_bytes, opened, runs_between, summarise
 from writehead.core.pattern import Reach
 from writehead.core.positions import Positions
 from writehead.core.segments import Segments, keep
 from writehead.core.shapes import check_choice
+from writehead.core.slots import Store
 from writehead.core.work import Call, Work, products
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.softmax import View, _views

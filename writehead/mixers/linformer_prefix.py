@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
+from writehead.core.slots import Store
 from writehead.core.work import Call, Work, products, values
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.linformer import Linformer, check_end

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import KV, Keys, Layout, Store, empty, state_bytes
+from writehead.core.cache import KV, Keys, empty, state_bytes
 from writehead.core.chunks import Open, between, close, open_bytes, opened, summarise
 from writehead.core.heads import QKV
 from writehead.core.pattern import Causal, Window
 from writehead.core.positions import Positions
 from writehead.core.segments import remember
+from writehead.core.slots import Layout, Store
 from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.softmax import _views

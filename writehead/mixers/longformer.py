@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import KV, Keys, Layout, Store, append, empty, state_bytes
+from writehead.core.cache import KV, Keys, append, empty, state_bytes
 from writehead.core.heads import QKV
 from writehead.core.pattern import Causal, Dilated, Full, Leading, Pattern, PerHead, Reach, Readers, Window
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_multiple, check_shape
+from writehead.core.slots import Layout, Store
 from writehead.core.state import Node, Once
 from writehead.core.work import Call, Work
 from writehead.mixer import NOTHING, Aux

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_multiple, check_shape
+from writehead.core.slots import Store
 from writehead.core.work import Call, Work, products, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.attend import attend

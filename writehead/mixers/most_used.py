@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import KV, Keys, Store, append, empty
+from writehead.core.cache import KV, Keys, append, empty
 from writehead.core.pattern import Reach
 from writehead.core.positions import Positions
 from writehead.core.segments import Project, keep, projected, remember
+from writehead.core.slots import Store
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.transformer_xl import TwoMemories, distances, projections
 from writehead.ops.cut import cut, lay

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import Store
 from writehead.core.heads import QKV
 from writehead.core.positions import Positions
 from writehead.core.replay import choose
 from writehead.core.shapes import check_choice, check_multiple, check_shape
+from writehead.core.slots import Store
 from writehead.core.work import Call, Work, products, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops import bucket_rings

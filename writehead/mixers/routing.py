@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import KV, Store
+from writehead.core.cache import KV
 from writehead.core.heads import QKV
 from writehead.core.pattern import Window
 from writehead.core.positions import Positions
 from writehead.core.replay import choose, first_time
 from writehead.core.shapes import check_choice, check_multiple, check_shape
+from writehead.core.slots import Store
 from writehead.core.work import Call, Work, products, values
 from writehead.mixer import Aux
 from writehead.mixers.softmax import Softmax

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import KV, Layout, Store, append, empty, state_bytes
+from writehead.core.cache import KV, append, empty, state_bytes
 from writehead.core.heads import QKV
 from writehead.core.pattern import Causal
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_shape
+from writehead.core.slots import Layout, Store
 from writehead.core.work import Call, Work, products, values
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.attend import attend

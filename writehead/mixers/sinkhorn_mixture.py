@@ -15,9 +15,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import KV, Store
+from writehead.core.cache import KV
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_multiple
+from writehead.core.slots import Store
 from writehead.core.work import Call, Work
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.sinkhorn import Sinkhorn, SinkhornState

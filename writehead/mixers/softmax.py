@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import KV, Keys, Layout, Store, append, empty, state_bytes
+from writehead.core.cache import KV, Keys, append, empty, state_bytes
 from writehead.core.chunks import runs_between
 from writehead.core.heads import QKV
 from writehead.core.pattern import Causal, Full, Pattern, from_spec
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice, check_shape
+from writehead.core.slots import Layout, Store
 from writehead.core.split import split
 from writehead.core.work import Call, Work, products, scores, slots_read, values
 from writehead.mixer import NOTHING, Aux

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import KV, Keys, Layout, Store, append, empty, state_bytes
+from writehead.core.cache import KV, Keys, append, empty, state_bytes
 from writehead.core.heads import QKV
 from writehead.core.pattern import Causal, Full, Pattern
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice, check_shape
+from writehead.core.slots import Layout, Store
 from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.linformer import check_end

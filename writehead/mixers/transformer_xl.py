@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from writehead.core.bind import Of, itself
-from writehead.core.cache import KV, Keys, Layout, Store, empty, state_bytes
+from writehead.core.cache import KV, Keys, empty, state_bytes
 from writehead.core.heads import QKV
 from writehead.core.pattern import Pattern, Reach, Window
 from writehead.core.positions import Positions
 from writehead.core.segments import Segments, remember
 from writehead.core.shapes import check_multiple, check_shape
+from writehead.core.slots import Layout, Store
 from writehead.core.work import Call, Work, products, scores, values
 from writehead.mixer import NOTHING, Aux
 from writehead.mixers.softmax import View, _views

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from writehead.config import ModelConfig
 from writehead.core.bind import Of, itself
-from writehead.core.cache import Store
 from writehead.core.positions import advance
 from writehead.core.shapes import check_shape
+from writehead.core.slots import Store
 from writehead.core.state import Node, Once, State, apply, join, rewind, select, tensors
 from writehead.mixer import Aux
 from writehead.model.init import initialise

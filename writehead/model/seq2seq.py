@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from writehead.config import ModelConfig
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.mixer import Aux
 from writehead.model.decoder import Decoder, DecodeState
 from writehead.model.encoder import Encoder

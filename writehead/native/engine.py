@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from writehead.core import system
-from writehead.core.cache import Store
 from writehead.core.positions import Positions
 from writehead.core.shapes import check_shape
+from writehead.core.slots import Store
 from writehead.native import structs
 from writehead.native.covers import Normal, outline
 from writehead.native.formats import FORMATS, LANES, Packed

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from writehead.core.cache import Layout, Store, forget
 from writehead.core.pattern import Reach
+from writehead.core.slots import Layout, Store, forget
 from writehead.core.state import Node, Once, apply, join, rewind, select, tensors
 
 BLOCK = 16  # slots whose keys lie side by side

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from writehead.core.cache import Store
+from writehead.core.slots import Store
 from writehead.ops.buckets import Runs, bucket_attention, runs
 
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from writehead.core.cache import Store
 from writehead.core.replay import choose
+from writehead.core.slots import Store
 
 COMPARED = 1 << 22  # pairs of tokens of a cluster held at a time
 

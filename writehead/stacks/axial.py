@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from writehead.catalog import MIXERS, Spec, argument
 from writehead.config import ModelConfig
 from writehead.core.bind import Of, itself
-from writehead.core.cache import Layout, Store, share_positions
+from writehead.core.cache import share_positions
 from writehead.core.positions import Positions
+from writehead.core.slots import Layout, Store
 from writehead.core.state import State
 from writehead.mixer import NOTHING, Aux
 from writehead.stacks.residual import Block, make_norm, merge_aux
