@@ -54,6 +54,17 @@ inline vec exp_below(vec x) {
     return x < low ? vec{} : as_float(as_int(p) + (as_int(shifted) << 23));  // the last bits of `shifted` are n
 }
 
+// Adds x times some vectors to a row's sums; one vector reads x from memory, more of them from a register.
+template <int N>
+inline void add_row(vec (&sums)[N], const vec (&by)[N], const float* x) {
+    if constexpr (N == 1) {
+        sums[0] = add_product(sums[0], by[0], x);
+    } else {
+        const vec number = splat(*x);
+        WH_UNROLL for (int j = 0; j < N; j++) sums[j] = add_product(sums[j], by[j], number);
+    }
+}
+
 // Scores of ROWS queries and BLOCKS blocks; with FETCH, what lies `ahead` is fetched meanwhile.
 template <int ROWS, int BLOCKS, bool FETCH, class T>
 void score(const float* q, int dim, const T* const* k, size_t ahead, float* s) {
@@ -64,10 +75,7 @@ void score(const float* q, int dim, const T* const* k, size_t ahead, float* s) {
             key[j] = widen(k[j / kPer] + d * kBlock + j % kPer * kLanes);
         if constexpr (FETCH)
             WH_UNROLL for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(k[b] + d * kBlock + ahead, 0, 2);
-        WH_UNROLL for (int r = 0; r < ROWS; r++) {
-            const vec x = splat(q[d * kQueryRows + r]);
-            WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) sums[r][j] = fma(x, key[j], sums[r][j]);
-        }
+        WH_UNROLL for (int r = 0; r < ROWS; r++) add_row(sums[r], key, q + d * kQueryRows + r);
     }
     WH_UNROLL for (int r = 0; r < ROWS; r++)
         WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) store(s + r * kSpan + j * kLanes, sums[r][j]);
@@ -101,10 +109,7 @@ void add_values(const float* w, const T* const* v, int wide, int blocks, size_t 
             if constexpr (FETCH)
                 WH_UNROLL for (int c = 0; c < COLS; c += kPerLine<T>)
                     __builtin_prefetch(v[b] + key * wide + c * kLanes + ahead, 0, 2);
-            WH_UNROLL for (int r = 0; r < ROWS; r++) {
-                const vec x = splat(w[r * kSpan + b * kBlock + key]);
-                WH_UNROLL for (int c = 0; c < COLS; c++) sums[r][c] = fma(x, value[c], sums[r][c]);
-            }
+            WH_UNROLL for (int r = 0; r < ROWS; r++) add_row(sums[r], value, w + r * kSpan + b * kBlock + key);
         }
     }
     WH_UNROLL for (int r = 0; r < ROWS; r++)
