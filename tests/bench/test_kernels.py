@@ -43,7 +43,7 @@ def test_without_a_library_the_reason_is_said(monkeypatch):
 def test_the_command_prints_one_json_object(monkeypatch):
     monkeypatch.setattr(kernels, "measure", lambda **options: [row(rows=count) for count in options["rows"]])
     result = CliRunner().invoke(
-        command, ["kernels", "--rows", "3", "--rows", "5", "--threads", "1", "--json"]
+        command, ["kernels", "--part", "products", "--rows", "3", "--rows", "5", "--threads", "1", "--json"]
     )
     assert result.exit_code == 0
     assert [each["rows"] for each in json.loads(result.stdout)["products"]] == [3, 5]
@@ -51,7 +51,7 @@ def test_the_command_prints_one_json_object(monkeypatch):
 
 def test_the_command_prints_a_table(monkeypatch):
     monkeypatch.setattr(kernels, "measure", lambda **options: [row()])
-    result = CliRunner().invoke(command, ["kernels"])
+    result = CliRunner().invoke(command, ["kernels", "--part", "products"])
     assert result.exit_code == 0
     assert all(word in result.stdout for word in ("100 x 500", "native int8", "2000", "5.0", "50%"))
 
@@ -59,6 +59,8 @@ def test_the_command_prints_a_table(monkeypatch):
 def test_what_is_kept_has_a_plot_of_its_rates(monkeypatch, tmp_path):
     found = [row(rows=count, name=name) for name in ("native int8", "torch int8") for count in (1, 4)]
     monkeypatch.setattr(kernels, "measure", lambda **options: found)
-    assert CliRunner().invoke(command, ["kernels", "--out", str(tmp_path)]).exit_code == 0
+    assert (
+        CliRunner().invoke(command, ["kernels", "--part", "products", "--out", str(tmp_path)]).exit_code == 0
+    )
     assert len(json.loads((tmp_path / "kernels.json").read_text())["results"]) == 4
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")

@@ -87,12 +87,12 @@ def measure(
         NoEngine: no native library was built or it does not suit this processor.
     """
     found = []
-    with torch_threads(threads), _team(threads) as (engine, team), torch.inference_mode():
+    with torch_threads(threads), team(threads) as (engine, helpers), torch.inference_mode():
         bandwidth = read_bandwidth(working_set, threads)
         for n, k in shapes:
             weight = torch.randn(n, k) / k**0.5
             products = {
-                f"native {name}": _native(engine, team, weight, name, working_set) for name in FORMATS
+                f"native {name}": _native(engine, helpers, weight, name, working_set) for name in FORMATS
             }
             products |= {
                 "torch float32": _linear(weight, working_set),
@@ -110,17 +110,22 @@ def measure(
 
 
 @contextmanager
-def _team(threads: int) -> Iterator[tuple[ctypes.CDLL, int]]:
+def team(threads: int) -> Iterator[tuple[ctypes.CDLL, int]]:
+    """The native library and so many threads of it.
+
+    Raises:
+        NoEngine: there is none; the message says why.
+    """
     engine, reason = library()
     if engine is None:
         raise NoEngine(reason)
-    team = engine.wh_team_create(threads)
-    if not team:
+    helpers = engine.wh_team_create(threads)
+    if not helpers:
         raise MemoryError(f"{threads} threads cannot be started")
     try:
-        yield engine, team
+        yield engine, helpers
     finally:
-        engine.wh_team_free(team)
+        engine.wh_team_free(helpers)
 
 
 def _case(product: Product, x: Tensor, held: int) -> Callable[[], float]:
@@ -137,7 +142,7 @@ def _case(product: Product, x: Tensor, held: int) -> Callable[[], float]:
 
 
 def _native(
-    engine: ctypes.CDLL, team: int, weight: Tensor, format: str, working_set: int
+    engine: ctypes.CDLL, helpers: int, weight: Tensor, format: str, working_set: int
 ) -> tuple[Product, int, int]:
     first = pack(weight, format)
     kept = [first] + [_copy(first) for _ in range(working_set // first.nbytes)]
@@ -145,7 +150,7 @@ def _native(
 
     def product(x: Tensor, i: int) -> Tensor:
         y = torch.empty(len(x), first.n)
-        done = engine.wh_linear(team, ctypes.byref(matrices[i]), x.data_ptr(), len(x), y.data_ptr())
+        done = engine.wh_linear(helpers, ctypes.byref(matrices[i]), x.data_ptr(), len(x), y.data_ptr())
         assert done == 0
         assert kept
         return y

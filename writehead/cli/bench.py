@@ -4,7 +4,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -70,29 +70,43 @@ def kernels_command(
     rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of x; repeat for several.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each product.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for kernels.json and kernels.png.")] = None,
+    part: Annotated[Literal["all", "products", "attention"], typer.Option(help="What is measured.")] = "all",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for kernels.json, kernels.png and kernels-attention.json.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
-    """The native engine's matrix products in each format, beside memory's speed and PyTorch's products."""
-    from writehead.bench import kernels
+    """The native engine's products beside PyTorch's, its attention of one token, and what bounds them."""
+    from writehead.bench import kernels, one_token
     from writehead.bench.measure import jsonable, write_record
     from writehead.cli.output import console, print_json, say
-    from writehead.cli.tables import kernels_table
+    from writehead.cli.tables import kernels_table, one_token_table
     from writehead.core.system import cores
 
     threads = threads or cores()
-    found = kernels.measure(rows=rows or kernels.ROWS, threads=threads, rounds=rounds, say=say)
+    found: list[kernels.Row] = []
+    if part != "attention":
+        found = kernels.measure(rows=rows or kernels.ROWS, threads=threads, rounds=rounds, say=say)
+    tokens = [] if part == "products" else one_token.measure(threads=threads, rounds=rounds, say=say)
     say("")
     if as_json:
-        print_json(jsonable({"threads": threads, "products": found}))
+        print_json(jsonable({"threads": threads, "products": found, "attention": tokens}))
     else:
-        console().print(kernels_table(found))
+        if found:
+            console().print(kernels_table(found))
+        if tokens:
+            console().print(one_token_table(tokens))
     if out is not None:
-        from writehead.bench.plots import kernels_plot
+        extra = {"rounds": rounds, "threads": threads}
+        if tokens:
+            write_record(out / "kernels-attention.json", "kernels attention", tokens, extra)
+            typer.echo(f"written: {out / 'kernels-attention.json'}", err=True)
+        if found:
+            from writehead.bench.plots import kernels_plot
 
-        write_record(out / "kernels.json", "kernels", found, {"rounds": rounds, "threads": threads})
-        kernels_plot(found, out / "kernels.png")
-        typer.echo(f"written: {out / 'kernels.json'} and kernels.png", err=True)
+            write_record(out / "kernels.json", "kernels", found, extra)
+            kernels_plot(found, out / "kernels.png")
+            typer.echo(f"written: {out / 'kernels.json'} and kernels.png", err=True)
 
 
 @command.command("decode")

@@ -11,6 +11,7 @@ from writehead.bench.heads import Shared
 from writehead.bench.kernels import Row as Product
 from writehead.bench.machine import Roofs
 from writehead.bench.neighbour import Beside
+from writehead.bench.one_token import Row as OneToken
 from writehead.bench.plots import all_heads
 from writehead.bench.quality import Quality
 from writehead.bench.scaling import Growth, slopes
@@ -119,6 +120,17 @@ def kernels_table(rows: Sequence[Product]) -> Table:
         read = f"{row.weight_bytes / seconds / 1e9:.1f}"
         where = (f"{row.n} x {row.k}", str(row.rows), row.name)
         grid.add_row(*where, f"{seconds * 1e6:.0f}", read, f"{row.share:.0%}", f"{row.rate / 1e9:.0f}")
+    return grid
+
+
+def one_token_table(rows: Sequence[OneToken]) -> Table:
+    """Microseconds of one token's attention, its rates, and its share of the roofline with what that is."""
+    grid = table("keys of", "context", "batch", "cache", "us", "GB/s", "10^9 op/s", "of roofline", "bound by")
+    for row in rows:
+        seconds = row.timing.median
+        rates = (f"{row.read_bytes / seconds / 1e9:.1f}", f"{row.operations / seconds / 1e9:.0f}")
+        where = (f"{row.kv_heads} of 16 heads", str(row.context), str(row.batch), row.stored)
+        grid.add_row(*where, f"{seconds * 1e6:.0f}", *rates, f"{row.share:.0%}", row.bound)
     return grid
 
 

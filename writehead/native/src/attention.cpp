@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "linear.h"
 #include "vec.h"
@@ -16,11 +17,9 @@ namespace {
 constexpr int kBlocks = kSpan / kBlock;       // of keys whose scores stand together
 constexpr int kPer = kBlock / kLanes;         // vectors of a block
 constexpr int kSums = kLanes == 16 ? 24 : 12;  // registers for sums
-constexpr int kCopied = 3 * kQueryRows;       // rows from which keys and values in 16 or 8 bits are worth a copy
+constexpr int kCopied = kLanes == 16 ? 18 : 3 * kQueryRows;  // rows from which narrow keys and values are worth a copy
+constexpr int kLine = 64;    // bytes of a cache line
 constexpr float kSlack = 4;  // a score may be so much above `top`: its weight is a number as exact as any
-
-template <class T>
-constexpr int kPerLine = 64 / (kLanes * sizeof(T)) < 1 ? 1 : 64 / (kLanes * sizeof(T));  // vectors of a cache line
 
 // Where the sums of 2 blocks fit, those of 4 may not.
 constexpr int blocks_at_once(int rows) {
@@ -54,94 +53,160 @@ inline vec exp_below(vec x) {
     return x < low ? vec{} : as_float(as_int(p) + (as_int(shifted) << 23));  // the last bits of `shifted` are n
 }
 
-// Scores of ROWS queries and BLOCKS blocks; with FETCH, what lies `ahead` is fetched meanwhile.
-template <int ROWS, int BLOCKS, bool FETCH, class T>
-void score(const float* q, int dim, const T* const* k, size_t ahead, float* s) {
+// Adds x times some vectors to a row's sums; one vector reads x from memory, more of them from a register.
+template <int N>
+inline void add_row(vec (&sums)[N], const vec (&by)[N], const float* x) {
+    if constexpr (N == 1) {
+        sums[0] = add_product(sums[0], by[0], x);
+    } else {
+        const vec number = splat(*x);
+        WH_UNROLL for (int j = 0; j < N; j++) sums[j] = add_product(sums[j], by[j], number);
+    }
+}
+
+// Lines to fetch while something is computed, F at a time: `apart` bytes lie between those.
+struct Ahead {
+    const char* from;
+    size_t apart;
+};
+
+template <int F>
+inline void fetch(Ahead ahead, size_t at) {
+    WH_UNROLL for (int f = 0; f < F; f++) __builtin_prefetch(ahead.from + f * ahead.apart + at, 0, 2);
+}
+
+// How `streams` of lines are shared out among `passes` over them: pass number i fetches every `passes`-th from the i-th on.
+template <class Pass>
+void with_fetches(const char* next, size_t apart, int streams, int passes, int i, const Pass& pass) {
+    const int some = next && i < streams ? (streams - i + passes - 1) / passes : 0;
+    const Ahead ahead{next + (next ? i * apart : 0), passes * apart};
+    switch (some) {
+        case 0: return pass(std::integral_constant<int, 0>(), ahead);
+        case 1: return pass(std::integral_constant<int, 1>(), ahead);
+        case 2: return pass(std::integral_constant<int, 2>(), ahead);
+        default: return pass(std::integral_constant<int, 4>(), ahead);
+    }
+}
+
+// Scores of ROWS queries and BLOCKS blocks; F lines are fetched when so much of a block was read.
+template <int ROWS, int BLOCKS, int F, class T>
+void score(const float* q, int dim, const T* const* k, Ahead ahead, float* s) {
+    constexpr int kAtOnce = kLine / (kBlock * sizeof(T));
     vec sums[ROWS][BLOCKS * kPer] = {};
-    for (int d = 0; d < dim; d++) {
+    const auto step = [&](int d) {
         vec key[BLOCKS * kPer];
         WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++)
             key[j] = widen(k[j / kPer] + d * kBlock + j % kPer * kLanes);
-        if constexpr (FETCH)
-            WH_UNROLL for (int b = 0; b < BLOCKS; b++) __builtin_prefetch(k[b] + d * kBlock + ahead, 0, 2);
-        WH_UNROLL for (int r = 0; r < ROWS; r++) {
-            const vec x = splat(q[d * kQueryRows + r]);
-            WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) sums[r][j] = fma(x, key[j], sums[r][j]);
-        }
+        WH_UNROLL for (int r = 0; r < ROWS; r++) add_row(sums[r], key, q + d * kQueryRows + r);
+    };
+    int d = 0;
+    for (; d + kAtOnce <= dim; d += kAtOnce) {
+        fetch<F>(ahead, d * kBlock * sizeof(T));
+        WH_UNROLL for (int i = 0; i < kAtOnce; i++) step(d + i);
     }
+    for (; d < dim; d++) step(d);
     WH_UNROLL for (int r = 0; r < ROWS; r++)
         WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) store(s + r * kSpan + j * kLanes, sums[r][j]);
 }
 
+// Pass number `pass` of `passes` over all blocks, with the next rows each.
 template <int ROWS, class T>
-void score_rows(const float* q, int dim, int rows, const T* const* k, int blocks, size_t ahead, float* s) {
+void score_rows(const float* q, int dim, int rows, const T* const* k, int blocks, const char* next, int pass,
+                int passes, float* s) {
     if constexpr (ROWS > 0) {
-        if (rows < ROWS) return score_rows<ROWS - 1>(q, dim, rows, k, blocks, ahead, s);
+        if (rows < ROWS) return score_rows<ROWS - 1>(q, dim, rows, k, blocks, next, pass, passes, s);
         constexpr int kAtOnce = blocks_at_once(ROWS);
+        const size_t bytes = dim * kBlock * sizeof(T);
         // blocks beyond the last are copies of it, whose scores nobody reads
         for (int b = 0; b < blocks; b += kAtOnce) {
-            if (ahead)
-                score<ROWS, kAtOnce, true>(q, dim, k + b, ahead, s + b * kBlock);
-            else
-                score<ROWS, kAtOnce, false>(q, dim, k + b, 0, s + b * kBlock);
+            const char* more = next ? next + b * bytes : nullptr;
+            with_fetches(more, bytes, kAtOnce, passes, pass, [&](auto lines, Ahead ahead) {
+                score<ROWS, kAtOnce, decltype(lines)::value>(q, dim, k + b, ahead, s + b * kBlock);
+            });
         }
     }
 }
 
-// Adds the values of `blocks` blocks, weighted by w, to COLS vectors of ROWS sums.
-template <int ROWS, int COLS, bool FETCH, class T>
-void add_values(const float* w, const T* const* v, int wide, int blocks, size_t ahead, float* y) {
+// Rows whose scores are computed at once: where keys must be widened, that is done once for more of them.
+template <class T>
+constexpr int kScoreRows = kLanes == 16 && sizeof(T) == sizeof(float) ? 6 : kQueryRows;
+
+template <class T>
+void score_all(const float* q, int dim, int rows, const T* const* k, int blocks, const char* next, float* s) {
+    for (int first = 0; first < rows; first += kQueryRows) {
+        const int some = std::min(kQueryRows, rows - first), passes = (some + kScoreRows<T> - 1) / kScoreRows<T>;
+        for (int pass = 0; pass < passes; pass++) {
+            const int r0 = some * pass / passes, r1 = some * (pass + 1) / passes;
+            score_rows<kScoreRows<T>>(q + first * dim + r0, dim, r1 - r0, k, blocks, first ? nullptr : next, pass,
+                                      passes, s + (first + r0) * kSpan);
+        }
+    }
+}
+
+// Keys whose values in COLS vectors fill a cache line, or more.
+template <int COLS, class T>
+constexpr int kKeysALine = COLS * kLanes * sizeof(T) < kLine ? kLine / (COLS * kLanes * sizeof(T)) : 1;
+
+// Adds the values of `blocks` blocks, weighted by w, to COLS vectors of ROWS sums; with F, lines are fetched.
+template <int ROWS, int COLS, int F, class T>
+void add_values(const float* w, const T* const* v, int wide, int blocks, Ahead ahead, float* y) {
+    constexpr int kAtOnce = kKeysALine<COLS, T>;
     vec sums[ROWS][COLS];
     WH_UNROLL for (int r = 0; r < ROWS; r++)
         WH_UNROLL for (int c = 0; c < COLS; c++) sums[r][c] = load(y + r * wide + c * kLanes);
+    const auto step = [&](int b, int key) {
+        vec value[COLS];
+        WH_UNROLL for (int c = 0; c < COLS; c++) value[c] = widen(v[b] + key * wide + c * kLanes);
+        WH_UNROLL for (int r = 0; r < ROWS; r++) add_row(sums[r], value, w + r * kSpan + b * kBlock + key);
+    };
     for (int b = 0; b < blocks; b++) {
-        for (int key = 0; key < kBlock; key++) {
-            vec value[COLS];
-            WH_UNROLL for (int c = 0; c < COLS; c++) value[c] = widen(v[b] + key * wide + c * kLanes);
-            if constexpr (FETCH)
-                WH_UNROLL for (int c = 0; c < COLS; c += kPerLine<T>)
-                    __builtin_prefetch(v[b] + key * wide + c * kLanes + ahead, 0, 2);
-            WH_UNROLL for (int r = 0; r < ROWS; r++) {
-                const vec x = splat(w[r * kSpan + b * kBlock + key]);
-                WH_UNROLL for (int c = 0; c < COLS; c++) sums[r][c] = fma(x, value[c], sums[r][c]);
-            }
+        for (int key = 0; key < kBlock; key += kAtOnce) {
+            fetch<F>(ahead, (b * kBlock + key) * COLS * kLanes * sizeof(T));
+            WH_UNROLL for (int i = 0; i < kAtOnce; i++) step(b, key + i);
         }
     }
     WH_UNROLL for (int r = 0; r < ROWS; r++)
         WH_UNROLL for (int c = 0; c < COLS; c++) store(y + r * wide + c * kLanes, sums[r][c]);
 }
 
-template <int ROWS, int COLS, class T>
-void add_rows(const float* w, int rows, const T* const* v, int wide, int blocks, size_t ahead, float* y) {
+template <int ROWS, int COLS, int F, class T>
+void add_rows(const float* w, int rows, const T* const* v, int wide, int blocks, Ahead ahead, float* y) {
     if constexpr (ROWS > 0) {
-        if (rows < ROWS) return add_rows<ROWS - 1, COLS>(w, rows, v, wide, blocks, ahead, y);
-        if (ahead)
-            add_values<ROWS, COLS, true>(w, v, wide, blocks, ahead, y);
-        else
-            add_values<ROWS, COLS, false>(w, v, wide, blocks, 0, y);
+        if (rows < ROWS) return add_rows<ROWS - 1, COLS, F>(w, rows, v, wide, blocks, ahead, y);
+        add_values<ROWS, COLS, F>(w, v, wide, blocks, ahead, y);
     }
 }
 
+// Rows whose sums of so many vectors are in registers.
+constexpr int rows_at_once(int cols) { return std::min(kSums / cols, kLanes == 16 ? 16 : 8); }
+
+// Columns from `column` on; what is fetched lies one after the other, so that all columns fetch alike.
 template <int COLS, class T>
-void add_columns(const float* w, int rows, const T* const* v, int wide, int blocks, size_t ahead, float* y) {
-    constexpr int kAtOnce = kSums / COLS < 8 ? kSums / COLS : 8;
-    for (int r = 0; r < rows; r += kAtOnce) {
-        const int some = std::min(kAtOnce, rows - r);
-        add_rows<kAtOnce, COLS>(w + r * kSpan, some, v, wide, blocks, r ? 0 : ahead, y + r * wide);
+void add_columns(const float* w, int rows, const T* const* v, int column, int wide, int blocks, const char* next, float* y) {
+    constexpr int kLines = COLS * kLanes * sizeof(T) * kKeysALine<COLS, T> / kLine;
+    const int passes = (rows + rows_at_once(COLS) - 1) / rows_at_once(COLS);
+    const char* more = next ? next + static_cast<size_t>(column) * blocks * kBlock * sizeof(T) : nullptr;
+    const T* at[kBlocks];
+    for (int b = 0; b < blocks; b++) at[b] = v[b] + column;
+    for (int pass = 0; pass < passes; pass++) {
+        const int r0 = rows * pass / passes, r1 = rows * (pass + 1) / passes;
+        with_fetches(more, kLine, kLines, passes, pass, [&](auto lines, Ahead ahead) {
+            add_rows<rows_at_once(COLS), COLS, decltype(lines)::value>(w + r0 * kSpan, r1 - r0, at, wide, blocks, ahead,
+                                                                     y + r0 * wide + column);
+        });
     }
 }
 
+// Values that must be widened are taken by few columns for many rows.
 template <class T>
-void add(const float* w, int rows, const T* const* v, int wide, int blocks, size_t ahead, float* y) {
+void add(const float* w, int rows, const T* const* v, int wide, int blocks, const char* next, float* y) {
+    const bool tall = kLanes == 16 && sizeof(T) < sizeof(float);
     int c = 0;
-    const T* at[kBlocks];
-    const auto move = [&] {
-        for (int b = 0; b < blocks; b++) at[b] = v[b] + c;
-        return at;
-    };
-    for (; c + 4 * kLanes <= wide; c += 4 * kLanes) add_columns<4>(w, rows, move(), wide, blocks, ahead, y + c);
-    for (; c + 2 * kLanes <= wide; c += 2 * kLanes) add_columns<2>(w, rows, move(), wide, blocks, ahead, y + c);
-    for (; c < wide; c += kLanes) add_columns<1>(w, rows, move(), wide, blocks, ahead, y + c);
+    if (!tall || rows <= rows_at_once(4))
+        for (; c + 4 * kLanes <= wide; c += 4 * kLanes) add_columns<4>(w, rows, v, c, wide, blocks, next, y);
+    if (!tall || rows <= rows_at_once(2))
+        for (; c + 2 * kLanes <= wide; c += 2 * kLanes) add_columns<2>(w, rows, v, c, wide, blocks, next, y);
+    for (; c < wide; c += kLanes) add_columns<1>(w, rows, v, c, wide, blocks, next, y);
 }
 
 // The positions that the queries of a tile reach: some of them or all of them.
@@ -244,42 +309,49 @@ void copy_blocks(const T* const* from, int count, size_t each, float* to, const 
     }
 }
 
+// What is read after a span.
+struct Next {
+    const char *k, *v;
+};
+
 template <class T>
 void read_blocks(const Tile& tile, const Keys& keys, Reach reach, const Span& span, bool plain, const T* const* k,
-                 const T* const* v, bool fetch, Running& running) {
+                 const T* const* v, Next next, Running& running) {
     alignas(64) float s[kTileRows * kSpan];
     const int wide = round_up(keys.dim, kBlock), count = span.count * kBlock;
-    for (int r = 0; r < tile.rows; r += kQueryRows) {
-        const int rows = std::min(kQueryRows, tile.rows - r);
-        const size_t ahead = r || !fetch ? 0 : static_cast<size_t>(count) * keys.dim;
-        score_rows<kQueryRows>(tile.q + r * keys.dim, keys.dim, rows, k, span.count, ahead, s + r * kSpan);
-    }
+    score_all(tile.q, keys.dim, tile.rows, k, span.count, next.k, s);
     for (int r = 0; r < tile.rows; r++) {
         float* row = s + r * kSpan;
         if (!plain) adjust(tile, r, keys, reach, span, row);
         weigh(tile, r, wide, count, row, running);
         if (keys.v_scale)
-            for (int i = 0; i < count; i += kLanes)
-                store(row + i, load(row + i) * load(keys.v_scale + span.slot[i / kBlock] + i % kBlock));
+            for (int b = 0; b < span.count; b++)
+                for (int i = 0; i < kBlock; i += kLanes)
+                    store(row + b * kBlock + i, load(row + b * kBlock + i) * load(keys.v_scale + span.slot[b] + i));
     }
-    add(s, tile.rows, v, wide, span.count, fetch ? static_cast<size_t>(count) * wide : 0, tile.y);
+    add(s, tile.rows, v, wide, span.count, next.v, tile.y);
 }
 
 template <class T>
-void read_span(const Tile& tile, const Keys& keys, Reach reach, const Span& span, bool plain, Running& running) {
+void read_span(const Tile& tile, const Keys& keys, Reach reach, const Span& span, bool plain, int slot, int last,
+               Running& running) {
     const size_t D = keys.dim, wide = round_up(keys.dim, kBlock);
-    const T *k[kBlocks], *v[kBlocks];
-    for (int b = 0; b < kBlocks; b++) {
-        const int slot = span.slot[std::min(b, span.count - 1)];
+    const T *k[kBlocks + 1], *v[kBlocks + 1];
+    const auto at = [&](int slot, int b) {
         k[b] = static_cast<const T*>(keys.k) + static_cast<size_t>(slot) * D;
         v[b] = static_cast<const T*>(keys.v) + static_cast<size_t>(slot) * wide;
+    };
+    for (int b = 0; b < kBlocks; b++) at(span.slot[std::min(b, span.count - 1)], b);
+    if (sizeof(T) == sizeof(float) || tile.rows < kCopied) {
+        at(slot, kBlocks);
+        const Next next = slot < last ? Next{reinterpret_cast<const char*>(k[kBlocks]), reinterpret_cast<const char*>(v[kBlocks])}
+                                      : Next{static_cast<const char*>(keys.next_k), static_cast<const char*>(keys.next_v)};
+        return read_blocks(tile, keys, reach, span, plain, k, v, next, running);
     }
-    if (sizeof(T) == sizeof(float) || tile.rows < kCopied)
-        return read_blocks(tile, keys, reach, span, plain, k, v, true, running);
     const float *keys_copy[kBlocks], *values_copy[kBlocks];
     copy_blocks(k, span.count, kBlock * D, tile.spare, keys_copy);
     copy_blocks(v, span.count, kBlock * wide, tile.spare + kSpan * D, values_copy);
-    read_blocks(tile, keys, reach, span, plain, keys_copy, values_copy, false, running);
+    read_blocks(tile, keys, reach, span, plain, keys_copy, values_copy, {nullptr, nullptr}, running);
 }
 
 template <class T>
@@ -295,7 +367,7 @@ void read_slots(const Tile& tile, const Keys& keys, Reach reach, int first, int 
             span.read[span.count++] = read;
             plain &= read == kAll;
         }
-        if (span.count) read_span<T>(tile, keys, reach, span, plain, running);
+        if (span.count) read_span<T>(tile, keys, reach, span, plain, slot, last, running);
     }
 }
 

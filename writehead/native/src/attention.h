@@ -10,7 +10,7 @@
 namespace wh {
 
 constexpr int kTileRows = 48;  // query rows that read a block of keys while it is in the nearest cache
-constexpr int kQueryRows = kLanes >= 8 ? 6 : 3;  // of them at once, their sums in registers
+constexpr int kQueryRows = kLanes == 16 ? 16 : kLanes == 8 ? 6 : 3;  // of them at once, their sums in registers
 constexpr int kSpan = 64;      // keys whose scores stand together
 
 // One key/value head of one row of the batch, as the cache keeps it.
@@ -21,6 +21,7 @@ struct Keys {
     const void* v;                   // [slots][padded dim]
     const float *k_scale, *v_scale;  // [slots], with WH_INT8
     const int32_t* pos;              // [slots], -1 = empty
+    const void *next_k, *next_v;     // what is read after these: fetched ahead
 };
 
 // Who reads what: a query at q reads keys at 0 <= p <= q with q - p < window (0: any) or p < lead.

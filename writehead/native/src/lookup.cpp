@@ -72,13 +72,41 @@ void Lookup::read(Team& team, const Look& look, const float* q, int apart) {
     const int heads = cache_.kv_heads;
     team.share(static_cast<int>(parts_.size()) * heads * splits_, [&](int unit, int thread) {
         float* scratch = scratch_.data() + thread * scratch_numbers(cache_.head_dim);
-        const int split = unit % splits_, head = unit / splits_ % heads;
-        read_part(parts_[unit / splits_ / heads], head, split, look, q, apart, scratch, unit);
+        read_part(unit, look, q, apart, scratch);
     });
 }
 
-void Lookup::read_part(const Part& part, int head, int split, const Look& look, const float* q, int apart,
-                       float* scratch, size_t unit) {
+Lookup::Place Lookup::place(size_t unit) const {
+    const size_t heads = cache_.kv_heads;
+    return {static_cast<int>(unit / splits_ / heads), static_cast<int>(unit / splits_ % heads), static_cast<int>(unit % splits_)};
+}
+
+int Lookup::first_slot(const Part& part, int split) const {
+    return std::min(part.slots, split * round_up((part.slots + splits_ - 1) / splits_, kBlock));
+}
+
+size_t Lookup::number_bytes() const { return cache_.format == WH_FLOAT32 ? 4 : cache_.format == WH_BFLOAT16 ? 2 : 1; }
+
+Keys Lookup::keys_at(const Part& part, int head, const Look& look) const {
+    const int row = tokens_[part.token].row;
+    const size_t slots = cache_.slots, bytes = number_bytes();
+    const size_t first = ((static_cast<size_t>(row) * cache_.layers + look.layer) * cache_.kv_heads + head) * slots;
+    return {
+        cache_.format,
+        cache_.head_dim,
+        static_cast<const char*>(cache_.k) + first * cache_.head_dim * bytes,
+        static_cast<const char*>(cache_.v) + first * wide_ * bytes,
+        cache_.k_scale ? cache_.k_scale + first : nullptr,
+        cache_.v_scale ? cache_.v_scale + first : nullptr,
+        cache_.pos + row * slots,
+        nullptr,
+        nullptr,
+    };
+}
+
+void Lookup::read_part(size_t unit, const Look& look, const float* q, int apart, float* scratch) {
+    const auto [part_number, head, split] = place(unit);
+    const Part& part = parts_[part_number];
     const int D = cache_.head_dim, rows = part.last - part.first;
     int pos[kTileRows];
     float slope[kTileRows];
@@ -92,19 +120,15 @@ void Lookup::read_part(const Part& part, int head, int split, const Look& look, 
     }
     for (int r = 0; r < rows; r += kQueryRows)
         pack_queries(from + r, std::min(kQueryRows, rows - r), D, look.scale, scratch + r * D);
-    const int row = tokens_[part.token].row;
-    const size_t slots = cache_.slots;
-    const size_t first = ((static_cast<size_t>(row) * cache_.layers + look.layer) * cache_.kv_heads + head) * slots;
-    const size_t size = cache_.format == WH_FLOAT32 ? 4 : cache_.format == WH_BFLOAT16 ? 2 : 1;
-    const Keys keys{
-        cache_.format,
-        D,
-        static_cast<const char*>(cache_.k) + first * D * size,
-        static_cast<const char*>(cache_.v) + first * wide_ * size,
-        cache_.k_scale ? cache_.k_scale + first : nullptr,
-        cache_.v_scale ? cache_.v_scale + first : nullptr,
-        cache_.pos + row * slots,
-    };
+    const int begin = first_slot(part, split), end = first_slot(part, split + 1);
+    Keys keys = keys_at(part, head, look);
+    if (unit + 1 < parts_.size() * cache_.kv_heads * splits_) {  // as a rule this thread's next
+        const Place next = place(unit + 1);
+        const Keys other = keys_at(parts_[next.part], next.head, look);
+        const size_t slot = first_slot(parts_[next.part], next.split), bytes = number_bytes();
+        keys.next_k = static_cast<const char*>(other.k) + slot * D * bytes;
+        keys.next_v = static_cast<const char*>(other.v) + slot * wide_ * bytes;
+    }
     const size_t at = unit * rows_;
     float* spare = scratch + static_cast<size_t>(round_up(kTileRows, kQueryRows)) * D;
     const Tile tile{
@@ -113,9 +137,7 @@ void Lookup::read_part(const Part& part, int head, int split, const Look& look, 
         spare, y_.data() + at * wide_,
         top_.data() + at, total_.data() + at,
     };
-    const int share = round_up((part.slots + splits_ - 1) / splits_, kBlock);
-    const int begin = std::min(part.slots, split * share);
-    attend(tile, keys, look.reach, begin, std::min(part.slots, begin + share));
+    attend(tile, keys, look.reach, begin, end);
 }
 
 void Lookup::collect(int token, float* to) const {

@@ -47,8 +47,16 @@ class Lookup {
         int slots;        // that may be read
     };
 
-    void read_part(const Part& part, int head, int split, const Look& look, const float* q, int apart, float* scratch,
-                   size_t unit);
+    // A unit of work: a part, one of the key/value heads, one of the stretches of the cache.
+    struct Place {
+        int part, head, split;
+    };
+
+    Place place(size_t unit) const;
+    int first_slot(const Part& part, int split) const;
+    size_t number_bytes() const;
+    Keys keys_at(const Part& part, int head, const Look& look) const;
+    void read_part(size_t unit, const Look& look, const float* q, int apart, float* scratch);
 
     wh_cache cache_{};
     std::vector<Token> tokens_;

@@ -95,7 +95,14 @@ inline ivec round_to_int(vec x) {
 }
 
 inline vec load_bf16(const uint16_t* from) {
-    return (vec)(__builtin_convertvector(load_as<half>(from), uvec) << 16);
+#if defined(__AVX512F__)
+    const __m512i wide = _mm512_cvtepu16_epi32(load_as<__m256i>(from));  // GCC makes five shuffles of it
+#elif defined(__AVX2__)
+    const __m256i wide = _mm256_cvtepu16_epi32(load_as<__m128i>(from));
+#else
+    const uvec wide = __builtin_convertvector(load_as<half>(from), uvec);
+#endif
+    return (vec)((uvec)wide << 16);
 }
 
 // To the nearest bfloat16, halves to even; a NaN stays a NaN.
