@@ -36,6 +36,12 @@ def test_the_prediction_is_what_the_allocator_gives_out(plan: str) -> None:
     assert predict(*way).most == pytest.approx(measured(*way), rel=0.1)
 
 
+def test_a_window_cut_into_tiles_is_predicted() -> None:
+    mixer = {"name": "local_mqa", "heads": 4, "pattern": {"name": "window", "window": 64}}
+    way = (ModelConfig(**{**SMALL, "mixer": mixer}), Setting(1, 1024))
+    assert predict(*way).most == pytest.approx(measured(*way), rel=0.1)
+
+
 def test_weights_and_the_optimisers_memory_are_counted_to_the_byte() -> None:
     config = ModelConfig(**SMALL)
     values = 64 * 32 + 2 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 128 + 2 * 32) + 32

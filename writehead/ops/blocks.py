@@ -136,12 +136,13 @@ class _Pass:
         return added
 
     def empty(self, tile: Tile, added: Tensor | None) -> Tensor | None:
-        """Which queries read nothing, see `unread`; known from the mask where nothing else is added."""
+        """Which queries read nothing, see `unread`; the masks say it once for alike tiles if nothing else
+        is added."""
         if self.bias is not None or self.valid is not None:
             return unread(added)
-        name = ("empty", *_name(tile))
+        name = _name(tile)
         if name not in self.unread:
-            self.unread[name] = unread(added)
+            self.unread[name] = tile.unread
         return self.unread[name]
 
     def _valid(self, part: Part) -> Tensor:

@@ -28,11 +28,8 @@ def forward(
 
 
 def unread(added: Tensor | None) -> Tensor | None:
-    """The queries that read nothing, (B or 1, H or 1, queries) bool, or None if each reads something."""
-    if added is None:
-        return None
-    empty = (added == -torch.inf).all(-1)
-    return empty if bool(empty.any()) else None
+    """The queries that read nothing, (B or 1, H or 1, queries) bool; None = what is added cannot say that."""
+    return None if added is None else (added == -torch.inf).all(-1)
 
 
 def backward(

@@ -40,6 +40,14 @@ class Tile:
         return self.stop - self.start
 
     @property
+    def unread(self) -> Tensor | None:
+        """(rows,) bool: the queries that read nothing; None if each reads something."""
+        if any(mask is None for mask in self.masks):
+            return None
+        empty = ~torch.cat([mask for mask in self.masks if mask is not None], 1).any(1)
+        return empty if bool(empty.any()) else None
+
+    @property
     def cells(self) -> int:
         """Scores computed."""
         return self.rows * sum(b - a for a, b in self.runs)
