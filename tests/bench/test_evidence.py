@@ -68,7 +68,9 @@ def test_a_piece_is_known_by_what_it_does_not_by_where_its_data_is() -> None:
     moved = Sources({}, {"train": ["/elsewhere/a.tsv"], "valid": ["/elsewhere/b.tsv"]}, "/elsewhere/c.tsv")
     assert pieces(["translation"], moved, seeds=1)[0].key == piece.key
     assert pieces(["translation"], NOWHERE, seeds=1, steps=7)[0].key != piece.key
-    assert "clip" not in json.dumps(piece.key)  # defaults, and so options yet to come, are no part of it
+    said = json.dumps(piece.key)  # defaults, and so options and sections yet to come, are no part of it
+    assert "clip" not in said
+    assert "masks" not in said
 
 
 @pytest.mark.slow

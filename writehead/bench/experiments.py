@@ -89,11 +89,13 @@ class Piece:
 
 
 def essence(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run differs from the defaults, data files by their names alone."""
+    """What of a run differs from the defaults (so that new options and sections change nothing), data files by
+    their names alone."""
     base, found = RunConfig().to_dict(), {"model": run["model"]}
     for section, values in run.items():
         if isinstance(values, Mapping) and section != "model":
-            found[section] = {key: one for key, one in values.items() if one != base[section].get(key)}
+            differs = {key: one for key, one in values.items() if one != base[section].get(key)}
+            found |= {section: differs} if differs else {}
         elif section != "model":
             found[section] = values
     data = dict(found.get("data", {}))
