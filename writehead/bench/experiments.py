@@ -89,8 +89,8 @@ class Piece:
 
 
 def essence(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run differs from the defaults (so that new options and sections change nothing), data files by
-    their names alone."""
+    """What of a run differs from the defaults, so that new options change nothing; data files by their names
+    alone."""
     base, found = RunConfig().to_dict(), {"model": run["model"]}
     for section, values in run.items():
         if isinstance(values, Mapping) and section != "model":
