@@ -134,7 +134,7 @@ def test_a_dry_run_says_what_the_run_costs(run: Run, config: str, tmp_path: Path
         (["train", "data.train=stray.tsv", "data.kind=parallel", "model.kind=seq2seq", "--out", "x"], 1,
          "stray.tsv, line 2: has 3 columns, not the 2 of source and target: a stray tab?"),
         (["train", "data.train=hf:nowhere:a:b:c", "--out", "x"], 1, "is no data set; write hf:NAME"),
-        (["train", "data.train=hf:table", "--out", "x"], 1, "it has no data files"),
+        (["train", "data.train=hf:table", "--out", "x"], 1, "doesn't contain any data files"),
         (["train", "--out", "file"], 1, "file: File exists"),
         (["evaluate", "nowhere", "text.txt"], 1, "there is no model 'nowhere'"),
     ],
