@@ -23,8 +23,8 @@ ROWS = [row for table in (MIXERS, FEEDFORWARDS, POSITIONS, STACKS, PIXELS) for r
 ROOMS = (
     ("version",),
     ("core",),
-    ("mixer", "stack", "catalog", "ops"),
-    ("positions", "config"),
+    ("mixer", "catalog", "ops"),
+    ("positions", "config", "stack"),
     ("presets",),
     ("mixers", "feedforward"),
     ("stacks",),

@@ -1,13 +1,15 @@
 """What stacks whose layers remember one by one have in common: the layers' states and how large they are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from writehead.core.cache import KV, share_positions
+from writehead.core.positions import Positions
 from writehead.core.slots import Layout, Store
 from writehead.core.state import State
+from writehead.mixer import Aux
 
 
 class Layers(nn.Module):
@@ -47,3 +49,17 @@ class Layers(nn.Module):
     @property
     def _mixers(self) -> list[Any]:
         return [block.mixer for block in self.blocks]
+
+
+def stateless(mixer: Any, form: str) -> Callable[[Tensor, Positions, State], tuple[Tensor, State, Aux]]:
+    """A mixer's `encode`, or its `whole` if it has one (then it makes no state only to drop it), called as
+    its forward is."""
+    if form == "whole" and not hasattr(mixer, form):
+        return mixer  # type: ignore[no-any-return]
+    method = getattr(mixer, form)
+
+    def run(x: Tensor, pos: Positions, state: State) -> tuple[Tensor, State, Aux]:
+        y, aux = method(x, pos)
+        return y, None, aux
+
+    return run

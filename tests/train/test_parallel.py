@@ -1,9 +1,5 @@
 """Two processes (gloo) with DDP and with FSDP2 train as one process does that takes their rows in two pieces."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +8,8 @@ import torch
 
 from tests.train.small import log, tensors, train, values, write
 from tests.train.test_resume import ENCODER, LABELLED, PAIRS
+from tests.train.two_processes import launch
 
-ROOT = Path(__file__).parent.parent.parent
 SEQ2SEQ = {
     **ENCODER,
     "kind": "seq2seq",
@@ -51,14 +47,7 @@ def test_two_processes_give_the_losses_gradients_and_weights_of_one(tmp_path: Pa
     source = str(wanted["text"].parent / "checkpoint-00000002")
     moved = with_loop(runs(tmp_path)["text"], strategy="fsdp")
     jobs.append({"run": moved, "out": str(tmp_path / "text-moved"), "resume": source})
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.train.two_processes", str(tmp_path / "jobs.json")],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=540,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(jobs, tmp_path)
     for kind, one in wanted.items():
         for other in ("ddp", "fsdp", *(["moved"] if kind == "text" else [])):
             assert_close(tmp_path / f"{kind}-one", tmp_path / f"{kind}-{other}", one.name)

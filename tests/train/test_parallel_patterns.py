@@ -1,9 +1,5 @@
 """Two processes agree with one where layers keep averages, hand something on or are computed a second time."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +10,11 @@ from torch import nn
 
 from tests.train.small import log, tensors, train, values, write
 from tests.train.test_resume import LABELLED
+from tests.train.two_processes import launch
 from writehead.mixers.cluster_former import ClusterFormer
 from writehead.mixers.routing import Routing
 from writehead.train.parallel import share
 
-ROOT = Path(__file__).parent.parent.parent
 ROUTING = {"name": "routing", "heads": 2, "clusters": 3, "window": 4, "local_window": 4}
 LSH = {"name": "reformer", "heads": 2, "buckets": 4, "window": 4}
 DEEP = {"name": "reversible", "dropout": 0.0}
@@ -74,14 +70,7 @@ def test_two_processes_give_the_losses_gradients_weights_and_centroids_of_one(tm
         for strategy in strategies:
             out = str(tmp_path / f"{name}-{strategy}")
             jobs.append({"run": in_pieces(run, two, strategy=strategy), "out": out, "resume": "never"})
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.train.two_processes", str(tmp_path / "jobs.json")],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=540,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(jobs, tmp_path)
     for name, (*_, strategies, tolerance) in cases(tmp_path).items():
         for strategy in strategies:
             one, other = tmp_path / f"{name}-one", tmp_path / f"{name}-{strategy}"

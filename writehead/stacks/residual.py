@@ -22,7 +22,7 @@ from writehead.core.positions import Positions
 from writehead.core.shapes import check_choice
 from writehead.core.state import State
 from writehead.mixer import NOTHING, Aux
-from writehead.stack import Layers
+from writehead.stack import Layers, stateless
 
 NORMS = ("rms", "layer", "layer_no_bias")
 
@@ -85,22 +85,13 @@ class Block(nn.Module):
 
     def whole(self, x: Tensor, pos: Positions, state: tuple[State, State]) -> tuple[Tensor, Aux]:
         """`forward` from the empty past without a state after, which a mixer with a `whole` does not make."""
-        method = getattr(self.mixer, "whole", None)
-
-        def mix(x: Tensor, pos: Positions, state: State) -> tuple[Tensor, State, Aux]:
-            assert method is not None
-            y, aux = method(x, pos)
-            return y, None, aux
-
-        y, _, aux = self._around(self.mixer if method is None else mix, itself)(x, pos, state)
+        y, _, aux = self._around(stateless(self.mixer, "whole"), itself)(x, pos, state)
         return y, aux
 
     def encode(self, x: Tensor, pos: Positions) -> tuple[Tensor, Aux]:
         """The bidirectional form: no state."""
-        h = x if self.order == "post" else self.mixer_norm(x)
-        y, aux = self.mixer.encode(h, pos)  # type: ignore[operator]
-        x, more = self._feed(itself)(x, h, y)
-        return x, merge_aux(aux, more)
+        y, _, aux = self._around(stateless(self.mixer, "encode"), itself)(x, pos, (None, None))
+        return y, aux
 
     def _feed(self, of: Of) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Aux]]:
         """The rest of the layer, from its input x, what the last sublayer read (h) and what it gave (y)."""

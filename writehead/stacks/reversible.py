@@ -24,7 +24,7 @@ from writehead.core.shapes import check_choice
 from writehead.core.state import State
 from writehead.mixer import NOTHING, Aux
 from writehead.ops.couplings import Branch, Coupling, Drift, plain, reversible
-from writehead.stack import Layers
+from writehead.stack import Layers, stateless
 from writehead.stacks.residual import make_norm, merge_aux
 
 OUTPUTS = ("mean", "concat")
@@ -53,7 +53,7 @@ class Pair(nn.Module):
 
     def branches(self, of: Of, form: str) -> Iterable[tuple[Branch, tuple[nn.Module, nn.Module]]]:
         """What each coupling adds, and the modules it uses; form: the mixer's method."""
-        mix = of(self.mixer) if form == "forward" else self._stateless(form)
+        mix = of(self.mixer) if form == "forward" else stateless(self.mixer, form)
         yield self._behind(mix, of(self.mixer_norm)), (self.mixer, self.mixer_norm)
         if self.cross is not None and self.cross_norm is not None:
             yield self._behind(of(self.cross), of(self.cross_norm)), (self.cross, self.cross_norm)
@@ -71,18 +71,6 @@ class Pair(nn.Module):
         def run(x: Tensor, pos: Positions, state: State) -> tuple[Tensor, State, Aux]:
             y, state, aux = part(norm(x if x.dtype == dtype else x.to(dtype)), pos, state)
             return F.dropout(y, self.dropout) if self.training and self.dropout else y, state, aux
-
-        return run
-
-    def _stateless(self, form: str) -> Branch:
-        """`encode`, or `whole` where the mixer has one: then it makes no state only to drop it."""
-        method = getattr(self.mixer, form, None)
-        if method is None:
-            return self.mixer
-
-        def run(x: Tensor, pos: Positions, state: State) -> tuple[Tensor, State, Aux]:
-            y, aux = method(x, pos)
-            return y, None, aux
 
         return run
 
