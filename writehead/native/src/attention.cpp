@@ -38,19 +38,23 @@ inline vec widen(const int8_t* from) {
 #endif
 }
 
-// e^x for x <= 80 to two units in the last place; 0 below -87, NaN for NaN.
-inline vec exp_below(vec x) {
-    const vec magic = splat(12582912.0f), low = splat(-87.0f);
-    const vec bounded = max(low, x), shifted = fma(bounded, splat(1.44269504f), magic), whole = shifted - magic;
-    const vec r = fma(whole, splat(2.12194440e-4f), fma(whole, splat(-0.693359375f), bounded));
-    vec p = splat(1.9875691500e-4f);
-    p = fma(p, r, splat(1.3981999507e-3f));
-    p = fma(p, r, splat(8.3334519073e-3f));
-    p = fma(p, r, splat(4.1665795894e-2f));
-    p = fma(p, r, splat(1.6666665459e-1f));
-    p = fma(p, r, splat(5.0000001201e-1f));
-    p = fma(p * r, r, r) + splat(1.0f);
-    return x < low ? vec{} : as_float(as_int(p) + (as_int(shifted) << 23));  // the last bits of `shifted` are n
+// 2^r for |r| <= 1/2, the best of its degree.
+constexpr float kPower[] = {1.5353361960e-4f, 1.3398875017e-3f, 9.6184369177e-3f, 5.5503323674e-2f,
+                            2.4022647738e-1f, 6.9314718246e-1f, 1};
+
+// e^x of N vectors with x <= 80, in step since each is one long chain: 0 below -87, NaN for NaN; to a unit in the last
+// place, and one more for each 10 that x lies below 0.
+template <int N>
+inline void exp_below(vec (&x)[N]) {
+    const vec magic = splat(12582912.0f), low = splat(-87.0f), log2e = splat(1.44269504f);
+    vec n[N], r[N], p[N];
+    WH_UNROLL for (int i = 0; i < N; i++) n[i] = fma(x[i], log2e, magic);  // the last bits are the nearest integer
+    WH_UNROLL for (int i = 0; i < N; i++) r[i] = fma(x[i], log2e, magic - n[i]);
+    WH_UNROLL for (int i = 0; i < N; i++) p[i] = fma(splat(kPower[0]), r[i], splat(kPower[1]));
+    WH_UNROLL for (int k = 2; k < 7; k++)
+        WH_UNROLL for (int i = 0; i < N; i++) p[i] = fma(p[i], r[i], splat(kPower[k]));
+    WH_UNROLL for (int i = 0; i < N; i++)
+        x[i] = x[i] < low ? vec{} : (vec)((uvec)p[i] + ((uvec)n[i] << 23));
 }
 
 // Adds x times some vectors to a row's sums; one vector reads x from memory, more of them from a register.
@@ -275,7 +279,7 @@ struct Running {
 };
 
 // Takes the largest of a row's scores for its `top`; rescales its sums.
-void raise(const Tile& tile, int row, int wide, vec most, Running& running) {
+WH_COLD void raise(const Tile& tile, int row, int wide, vec most, Running& running) {
     const float top = reduce_max(most);
     const float shrink = std::exp(running.top[row] - top);
     float* y = tile.y + row * wide;
@@ -284,18 +288,27 @@ void raise(const Tile& tile, int row, int wide, vec most, Running& running) {
     running.top[row] = top;
 }
 
+// Turns N vectors of scores into weights: their sum.
+template <int N>
+inline vec weights(float* s, vec top) {
+    vec w[N];
+    WH_UNROLL for (int i = 0; i < N; i++) w[i] = load(s + i * kLanes) - top;
+    exp_below(w);
+    WH_UNROLL for (int i = 0; i < N; i++) store(s + i * kLanes, w[i]);
+    WH_UNROLL for (int i = 1; i < N; i++) w[0] += w[i];
+    return w[0];
+}
+
 // Turns a row's scores into weights; that of a NaN is NaN.
-void weigh(const Tile& tile, int row, int wide, int count, float* s, Running& running) {
+WH_INLINE void weigh(const Tile& tile, int row, int wide, int count, float* s, Running& running) {
     vec most = splat(running.top[row]);
     for (int i = 0; i < count; i += kLanes) most = max(load(s + i), most);  // no NaN stays
-    if (any(most > splat(running.top[row] + kSlack))) raise(tile, row, wide, most, running);
+    if (any_greater(most, splat(running.top[row] + kSlack))) raise(tile, row, wide, most, running);
     const vec top = splat(running.top[row] == -INFINITY ? 0 : running.top[row]);
     vec sum = running.total[row];
-    for (int i = 0; i < count; i += kLanes) {
-        const vec w = exp_below(load(s + i) - top);
-        sum += w;
-        store(s + i, w);
-    }
+    int i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes) sum += weights<4>(s + i, top);
+    for (; i < count; i += kLanes) sum += weights<1>(s + i, top);
     running.total[row] = sum;
 }
 

@@ -9,7 +9,7 @@
 
 namespace wh {
 
-constexpr int kTileRows = 48;  // query rows that read a block of keys while it is in the nearest cache
+constexpr int kTileRows = 96;  // query rows that read a block of keys while it is in the nearest cache
 constexpr int kQueryRows = kLanes == 16 ? 16 : kLanes == 8 ? 6 : 3;  // of them at once, their sums in registers
 constexpr int kSpan = 64;      // keys whose scores stand together
 

@@ -56,7 +56,9 @@ struct wh_engine {
     void number(const wh_call& call);
     void reserve();
     void embed(int token, const wh_call& call);
-    void attend(const wh_layer& layer, const wh_call& call);
+    void project(const wh_layer& layer, const wh_call& call);
+    void keep_wanted(const wh_layer& layer, const wh_call& call);
+    void attend(const wh_layer& layer);
     void place(int token, int head, const wh_layer& layer, const wh_call& call);
     void feed_inner(const wh_layer& layer);
     void feed_outer(const wh_layer& layer);
@@ -147,18 +149,20 @@ void wh_engine::reserve() {
 void wh_engine::run(const wh_call& call) {
     team.share(count(), [&](int token) { embed(token, call); });
     for (const wh_layer& layer : layers) {
-        attend(layer, call);
+        project(layer, call);
+        if (&layer == &layers.back()) keep_wanted(layer, call);
+        if (count() == 0) return;
+        if (model.parallel) feed_inner(layer);
+        attend(layer);
         if (!model.parallel) feed_inner(layer);
         feed_outer(layer);
     }
-    const int rows = static_cast<int>(wanted.size());
-    if (rows == 0) return;
-    const Input in = fill(model.head, rows, [&](int row, float* to) {
-        normalise(model.last_norm, x[wanted[row]], model.dim, to);
+    const Input in = fill(model.head, count(), [&](int row, float* to) {
+        normalise(model.last_norm, x[row], model.dim, to);
         if (model.logit_scale != 1)
             for (int i = 0; i < model.dim; i++) to[i] *= model.logit_scale;
     });
-    multiply(model.head, in, rows, call.logits, call.logits_apart, false, wh::kBlock, nothing);
+    multiply(model.head, in, count(), call.logits, call.logits_apart, false, wh::kBlock, nothing);
 }
 
 void wh_engine::embed(int token, const wh_call& call) {
@@ -171,12 +175,11 @@ void wh_engine::embed(int token, const wh_call& call) {
         for (int i = 0; i < model.dim; i++) to[i] += call.places[static_cast<size_t>(places[token]) * model.dim + i];
 }
 
-// x += attention(norm(x)); beside it, with a parallel feed-forward layer, what that makes of the same x.
-void wh_engine::attend(const wh_layer& layer, const wh_call& call) {
+// Queries, keys and values of all tokens; the last two go into the cache.
+void wh_engine::project(const wh_layer& layer, const wh_call& call) {
     const Input in = fill(layer.qkv, count(),
                           [&](int row, float* to) { normalise(layer.norm, x[row], model.dim, to); });
     multiply(layer.qkv, in, count(), qkv[0], qkv.apart, false, wh::kBlock, nothing);
-    if (model.parallel) feed_inner(layer);
     const int heads = call.caches[layer.cache].kv_heads;
     const auto place_one = [&](int i) { place(i / heads, i % heads, layer, call); };
     if (count() <= kAlone) {
@@ -184,6 +187,23 @@ void wh_engine::attend(const wh_layer& layer, const wh_call& call) {
     } else {
         team.share(count() * heads, place_one);
     }
+}
+
+// Behind the last keys and values, only tokens whose logits are wanted go on: the others leave.
+void wh_engine::keep_wanted(const wh_layer& layer, const wh_call& call) {
+    if (wanted.size() == tokens.size()) return;
+    for (size_t i = 0; i < wanted.size(); i++) {  // in order, so that nothing is overwritten before it moves
+        const int from = wanted[i];
+        tokens[i] = tokens[from];
+        std::copy_n(x[from], x.apart, x[i]);
+        std::copy_n(qkv[from], qkv.apart, qkv[i]);
+    }
+    tokens.resize(wanted.size());
+    lookups[layer.cache].plan(call.caches[layer.cache], tokens, team.threads());
+}
+
+// x += attention of what `project` made
+void wh_engine::attend(const wh_layer& layer) {
     wh::Lookup& lookup = lookups[layer.cache];
     lookup.read(team, {layer.layer, {layer.window, layer.lead}, layer.scale, model.slopes}, qkv[0], qkv.apart);
     const Input y = fill(layer.out, count(), [&](int row, float* to) { lookup.collect(row, to); });

@@ -17,6 +17,8 @@
 #else
 #define WH_UNROLL _Pragma("GCC unroll 32")
 #endif
+#define WH_INLINE __attribute__((always_inline)) inline
+#define WH_COLD __attribute__((noinline, cold))
 
 namespace wh {
 
@@ -165,14 +167,17 @@ inline float reduce_add(vec v) {
 inline int32_t reduce_add(ivec v) {
     return fold<ivec4>(v, [](auto a, auto b) { return a + b; });
 }
-// Is a lane of a comparison true?
-inline bool any(ivec mask) {
+// Is a lane of `a` greater than that of `b`?
+inline bool any_greater(vec a, vec b) {
 #if defined(__AVX512F__)
-    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif defined(__AVX__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#else
+    const ivec mask = a > b;
+#if defined(__AVX__)
     return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
 #else
     return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
 #endif
 }
 inline float reduce_max(vec v) {
