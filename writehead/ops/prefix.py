@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from writehead.ops.scan_chunks import _heads, _queries, _scores, as_given
+from writehead.ops import by_head
+from writehead.ops.scan_chunks import as_given
 
 PIECE = 64  # tokens whose products are made pair by pair
 
@@ -47,9 +48,13 @@ class _Prefix(torch.autograd.Function):
         y, pairs = q.new_empty(B, T, H, M), _triangle(q, min(piece, T))
         for n, (a, b) in enumerate(spans):
             before, after = (sums[n], sums[n + 1]) if kept else (sums[n % 2], sums[(n + 1) % 2])
-            queries, keys, values = _queries(q, G, a, b), _heads(k, a, b), _heads(v, a, b)
-            scores = _scores(queries, keys, pairs[: b - a, : b - a])
-            _lay(y, torch.bmm(queries, before).baddbmm_(scores, values), G, a, b)
+            queries, keys, values = (
+                by_head.queries(q, G, a, b),
+                by_head.heads(k, a, b),
+                by_head.heads(v, a, b),
+            )
+            scores = by_head.scores(queries, keys, pairs[: b - a, : b - a])
+            by_head.lay(y, torch.bmm(queries, before).baddbmm_(scores, values), G, a, b)
             torch.baddbmm(before, keys.transpose(1, 2), values, out=after)
         last = sums[len(spans) if kept else len(spans) % 2].view_as(total).clone()
         if kept:
@@ -72,14 +77,14 @@ def _backward(ctx: Any, grad: Tensor, carried: Tensor) -> tuple[Tensor | None, .
     after, pairs = carried.reshape(B * G, D, M), _triangle(q, min(piece, T))
     for n in reversed(range(len(sums) - 1)):
         a, b = n * piece, min((n + 1) * piece, T)
-        queries, keys, values = _queries(q, G, a, b), _heads(k, a, b), _heads(v, a, b)
-        g, own = _queries(grad, G, a, b), pairs[: b - a, : b - a]
-        by_scores = _scores(g, values, own)
-        _lay(q_grad, torch.bmm(g, sums[n].transpose(1, 2)).baddbmm_(by_scores, keys), G, a, b)
+        queries, keys, values = by_head.queries(q, G, a, b), by_head.heads(k, a, b), by_head.heads(v, a, b)
+        g, own = by_head.queries(grad, G, a, b), pairs[: b - a, : b - a]
+        by_scores = by_head.scores(g, values, own)
+        by_head.lay(q_grad, torch.bmm(g, sums[n].transpose(1, 2)).baddbmm_(by_scores, keys), G, a, b)
         found = torch.bmm(values, after.transpose(1, 2)).baddbmm_(by_scores.transpose(1, 2), queries)
-        k_grad[:, a:b].copy_(found.view(B, G, b - a, D).transpose(1, 2))
-        found = torch.bmm(keys, after).baddbmm_(_scores(queries, keys, own).transpose(1, 2), g)
-        v_grad[:, a:b].copy_(found.view(B, G, b - a, M).transpose(1, 2))
+        by_head.lay(k_grad, found, G, a, b)
+        found = torch.bmm(keys, after).baddbmm_(by_head.scores(queries, keys, own).transpose(1, 2), g)
+        by_head.lay(v_grad, found, G, a, b)
         after = torch.baddbmm(after, queries.transpose(1, 2), g)
     return q_grad, k_grad, v_grad, after.view(B, G, D, M), None
 
@@ -89,10 +94,3 @@ _prefix: Callable[..., tuple[Tensor, Tensor]] = _Prefix.apply
 
 def _triangle(like: Tensor, size: int) -> Tensor:
     return like.new_ones(size, size).tril()
-
-
-def _lay(out: Tensor, rows: Tensor, kv_heads: int, a: int, b: int) -> None:
-    """Put the rows (B * G, X * C, M) of tokens a to b into out (B, T, H, M), as `_queries` took them."""
-    B, _, H, M = out.shape
-    place = out[:, a:b].view(B, b - a, kv_heads, H // kv_heads, M)
-    place.copy_(rows.view(B, kv_heads, H // kv_heads, b - a, M).permute(0, 3, 1, 2, 4))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from writehead.ops import by_head
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -114,11 +116,11 @@ class _Chunks(torch.autograd.Function):
         for n, (a, b) in enumerate(spans):
             w = weights(a, b)
             before, after = (past[n], past[n + 1]) if kept else (past[n % 2], past[(n + 1) % 2])
-            queries, keys, values = _queries(q, G, a, b), _heads(k, a, b), _with_one(v, a, b)
+            queries, keys, values = by_head.queries(q, G, a, b), by_head.heads(k, a, b), _with_one(v, a, b)
             sums = torch.bmm(queries, before)
             if w.cross is not None:
                 sums = _scaled(sums, w.cross)
-            torch.baddbmm(sums, _scores(queries, keys, w.pairs), values, out=sums)
+            torch.baddbmm(sums, by_head.scores(queries, keys, w.pairs), values, out=sums)
             sums = sums.view(B, G, H // G, b - a, E + 1).permute(0, 3, 1, 2, 4)
             found = total[:, a:b].view(B, b - a, G, H // G, 1)
             found.copy_(sums[..., E:])
@@ -150,22 +152,20 @@ def _backward(ctx: Any, grad: Tensor, carried: Tensor) -> tuple[Tensor | None, .
     for n in reversed(range(len(past) - 1)):
         a, b = n * chunk, min((n + 1) * chunk, T)
         w, before = weights(a, b), past[n]
-        queries, keys, values = _queries(q, G, a, b), _heads(k, a, b), _with_one(v, a, b)
-        g = _queries(_numerators(grad[:, a:b], y[:, a:b], total[:, a:b], rule), G, 0, b - a)
+        queries, keys, values = by_head.queries(q, G, a, b), by_head.heads(k, a, b), _with_one(v, a, b)
+        g = by_head.queries(_numerators(grad[:, a:b], y[:, a:b], total[:, a:b], rule), G, 0, b - a)
         crossing = g if w.cross is None else _scaled(g, w.cross)
-        by_scores = _scores(g, values, w.pairs)
+        by_scores = by_head.scores(g, values, w.pairs)
         found = torch.bmm(crossing, before.transpose(1, 2)).baddbmm_(by_scores, keys)
-        q_grad[:, a:b].view(B, b - a, G, H // G, M).copy_(
-            found.view(B, G, H // G, b - a, M).permute(0, 3, 1, 2, 4)
-        )
+        by_head.lay(q_grad, found, G, a, b)
         found = torch.bmm(values, after.transpose(1, 2))
         found = found if w.write is None else found.mul_(w.write)
         found = found.baddbmm_(by_scores.transpose(1, 2), queries)
-        k_grad[:, a:b].copy_(found.view(B, G, b - a, M).transpose(1, 2))
+        by_head.lay(k_grad, found, G, a, b)
         found = torch.bmm(keys, after[..., :E])
         found = found if w.write is None else found.mul_(w.write)
-        found = found.baddbmm_(_scores(queries, keys, w.pairs).transpose(1, 2), g[..., :E])
-        v_grad[:, a:b].copy_(found.view(B, G, b - a, E).transpose(1, 2))
+        found = found.baddbmm_(by_head.scores(queries, keys, w.pairs).transpose(1, 2), g[..., :E])
+        by_head.lay(v_grad, found, G, a, b)
         more = torch.bmm(queries.transpose(1, 2), crossing)
         after = more.add_(after if w.carry is None else after * w.carry)
     decay_grad = gain_grad = None
@@ -183,17 +183,6 @@ def _backward(ctx: Any, grad: Tensor, carried: Tensor) -> tuple[Tensor | None, .
 chunks: Callable[..., tuple[Tensor, Tensor]] = _Chunks.apply
 
 
-def _queries(t: Tensor, kv_heads: int, a: int, b: int) -> Tensor:
-    """Tokens a to b of (B, T, H, M) as the rows of each key/value head: (B * G, X * C, M)."""
-    rows: Tensor = t[:, a:b].unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-    return rows.reshape(t.shape[0] * kv_heads, -1, t.shape[-1])
-
-
-def _heads(t: Tensor, a: int, b: int) -> Tensor:
-    """Tokens a to b of (B, T, G, M), heads first: (B * G, C, M)."""
-    return t[:, a:b].transpose(1, 2).reshape(-1, b - a, t.shape[-1])
-
-
 def _with_one(v: Tensor, a: int, b: int) -> Tensor:
     """The same of values, each followed by a 1: (B * G, C, E + 1)."""
     B, _, G, E = v.shape
@@ -201,14 +190,6 @@ def _with_one(v: Tensor, a: int, b: int) -> Tensor:
     values[..., :E] = v[:, a:b].transpose(1, 2)
     values[..., E] = 1
     return values.view(B * G, b - a, E + 1)
-
-
-def _scores(rows: Tensor, columns: Tensor, pairs: Tensor) -> Tensor:
-    """Products of (B * G, X * C, M) and (B * G, C, M), weighted by pairs: (B * G, X * C, C)."""
-    scores = torch.bmm(rows, columns.transpose(1, 2))
-    C = columns.shape[1]
-    scores.view(len(scores), -1, C, C).mul_(pairs if pairs.dim() == 2 else pairs[:, None])
-    return scores
 
 
 def _scaled(rows: Tensor, by: Tensor) -> Tensor:
