@@ -11,7 +11,8 @@ from writehead.catalog import MIXERS, find
 from writehead.cli.models import config_of
 from writehead.costs import parameters, skeleton
 from writehead.presets import PRESETS
-from writehead.train.config import RunConfig, override
+from writehead.train.config import RunConfig
+from writehead.train.values import override
 
 PUBLISHED = {  # millions of parameters, from the papers
     "sparse-enwik8": 95,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from writehead.bench import crossover
-from writehead.bench.crossover import DENSE, SUBJECTS, Cell, faster_from, peak_cell, slopes, study
-from writehead.bench.crossover_page import page_of, read
+from writehead.bench.crossover import DENSE, SUBJECTS, Cell, peak_cell, study
+from writehead.bench.crossover_page import faster_from, page_of, read, slopes
 from writehead.bench.live import peak
 from writehead.bench.measure import write_record
 from writehead.core.work import Call

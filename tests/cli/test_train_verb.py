@@ -18,7 +18,8 @@ import yaml
 from tests.train.small import TEXT, values, write
 from tests.train.test_parallel import runs
 from writehead.cli import app
-from writehead.train.config import RunConfig, override, read_values
+from writehead.train.config import RunConfig
+from writehead.train.values import override, read_values
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))

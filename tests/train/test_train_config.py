@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from writehead.train.config import RunConfig, override, read_values
+from writehead.train.config import RunConfig
+from writehead.train.values import override, read_values
 
 
 def test_a_run_comes_back_from_its_plain_values() -> None:

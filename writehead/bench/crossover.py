@@ -14,15 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from writehead.bench.live import peak
-from writehead.bench.plots import INK, _pyplot, _save
-from writehead.bench.scaling import slope
 from writehead.catalog import MIXERS, build
 from writehead.core.positions import Positions
 from writehead.core.slots import Store
@@ -277,75 +274,3 @@ def _stop(name: str, tokens: int, part: str, cells: Sequence[Cell]) -> str:
         if last.tokens >= FITTED * 2 and same and last.seconds > HOPELESS * same.seconds:
             return f"{last.seconds / same.seconds:.1f} times as long as dense attention at {last.tokens}"
     return ""
-
-
-def slopes(cells: Sequence[Cell]) -> dict[str, dict[str, float]]:
-    """For each mechanism the slopes from `FITTED` tokens on, in doubly logarithmic scales."""
-    found: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys(cell.name for cell in cells):
-        own = [c for c in cells if c.name == name and c.tokens >= FITTED and not c.over]
-        line: dict[str, float] = {}
-        for key, part, value in (
-            ("forward", "processor", "forward_s"),
-            ("train", "processor", "seconds"),
-            ("theory", "processor", "flops"),
-            ("memory", "memory", "peak_bytes"),
-            ("decode", "decode", "seconds"),
-            ("decode theory", "decode", "flops"),
-        ):
-            points = [(math.log(c.tokens), math.log(getattr(c, value))) for c in own if c.part == part]
-            line[key] = slope(points)
-            line[f"{key} to"] = max((c.tokens for c in own if c.part == part), default=0)
-        found[name] = line
-    return found
-
-
-def faster_from(cells: Sequence[Cell], name: str, part: str) -> tuple[int | None, int]:
-    """The least measured length from which on every cell is faster than dense attention (None = never), and
-    the longest at which both were measured."""
-    mine, dense = (
-        {c.tokens: c.seconds for c in cells if (c.name, c.part) == (n, part) and not c.over}
-        for n in (name, dense_of(name))
-    )
-    both = sorted(mine.keys() & dense.keys(), reverse=True)
-    first = None
-    for tokens in both:
-        if not mine[tokens] < dense[tokens]:
-            break
-        first = tokens
-    return first, both[0] if both else 0
-
-
-def crossover_plot(cells: Sequence[Cell], path: Path) -> None:
-    """Times as multiples of those of dense attention, in training and in decoding; below 1 is faster."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(13.5, 5.4), sharey=True)
-    panels = (("train", True, "training, causal"), ("train", False, "training, both sides"),
-              ("decode", True, "decoding, one token"))  # fmt: skip
-    for axis, (part, causal, title) in zip(axes, panels, strict=True):
-        names = [n for n in SUBJECTS if SUBJECTS[n].causal == causal and n != dense_of(n)]
-        for place, name in enumerate(names):
-            dense = {c.tokens: c.seconds for c in cells if (c.name, c.part) == (dense_of(name), part)}
-            own = [c for c in cells if (c.name, c.part) == (name, part) and not c.over and c.tokens in dense]
-            style = ("o-", "s--", "^:")[place // len(INK)]
-            line = [(c.tokens, c.seconds / dense[c.tokens]) for c in own]
-            if line:
-                axis.plot(*zip(*line, strict=True), style, color=INK[place % len(INK)], markersize=3.5,
-                          linewidth=1.2, label=name)  # fmt: skip
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        lengths = sorted({c.tokens for c in cells})[::2]
-        axis.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths], fontsize=8)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("tokens", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(fontsize=7, frameon=False)
-    axes[0].set_ylabel("time over dense attention's", fontsize=8)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
-    lines, names = axes[0].get_legend_handles_labels()  # the same as on the right
-    figure.legend(lines, names, loc="lower center", ncols=6, fontsize=7, frameon=False)
-    _save(figure, path)

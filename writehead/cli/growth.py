@@ -29,7 +29,7 @@ def crossover(
     import torch
 
     from writehead.bench import crossover as study
-    from writehead.bench.crossover_page import page_of, read
+    from writehead.bench.crossover_page import crossover_plot, page_of, read
     from writehead.bench.measure import write_record
     from writehead.cli.output import say
     from writehead.core.shapes import check_choice
@@ -38,7 +38,7 @@ def crossover(
     if page:
         cells = read(out)
         typer.echo(page_of(cells), nl=False)
-        study.crossover_plot(cells, out / "crossover.png")
+        crossover_plot(cells, out / "crossover.png")
         return
     for each in names or ():
         check_choice("mechanism", each, study.SUBJECTS)

@@ -62,7 +62,8 @@ def command(
 def _run(arguments: list[str], out: Path | None) -> "RunConfig":
     """The run that the arguments describe; one that is resumed without a CONFIG is the folder's own."""
     from writehead.presets import PRESETS
-    from writehead.train.config import RunConfig, override, read_values
+    from writehead.train.config import RunConfig
+    from writehead.train.values import override, read_values
 
     files = [a for a in arguments if "=" not in a]
     if len(files) > 1:

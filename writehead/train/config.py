@@ -1,17 +1,14 @@
-"""A training run, fully described: strict values, to and from YAML, with `key=value` overrides."""
+"""A training run, fully described: what each of its values means, and which are refused."""
 
 import math
 import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from writehead.catalog import Spec
 from writehead.core.shapes import check_choice
+from writehead.train.values import at_least, plain, section
 
 KINDS = {
     "text": ("decoder",),
@@ -31,7 +28,6 @@ DEFAULT_MODEL: Spec = types.MappingProxyType(
         "feedforward": {"name": "dense", "hidden": 512},
     }
 )
-S = TypeVar("S")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +262,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default written out."""
-        return _plain(self)  # type: ignore[no-any-return]
+        return plain(self)  # type: ignore[no-any-return]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
@@ -275,101 +271,4 @@ class RunConfig:
         Raises:
             ValueError: an unknown key (with the nearest), or a value that is refused.
         """
-        return _section(cls, "", values)
-
-
-def read_values(path: Path) -> dict[str, Any]:
-    """The values of a YAML (or JSON) file.
-
-    Raises:
-        ValueError: not YAML, or not a mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not text; give a run as YAML") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    if values is None or not isinstance(values, dict):
-        raise ValueError(f"{path}: a run is a mapping of keys to values; got {type(values).__name__}")
-    return values
-
-
-def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Values with `section.key=value` assignments over them; values are YAML.
-
-    Raises:
-        ValueError: an assignment without `=`, or one below something that is no mapping.
-    """
-    result: dict[str, Any] = _copy(values)
-    for text in assignments:
-        key, equals, value = text.partition("=")
-        names = key.strip().split(".")
-        if not equals or not all(names):
-            raise ValueError(f"{text!r} is no override; write key=value, such as optim.lr=0.001")
-        inside = result
-        for depth, name in enumerate(names[:-1], 1):
-            inside = inside.setdefault(name, {})
-            if not isinstance(inside, dict):
-                raise ValueError(f"{text!r}: {'.'.join(names[:depth])} holds {inside!r}, not keys")
-        try:
-            inside[names[-1]] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{text!r}: the value is not YAML: {' '.join(str(error).split())}") from error
-    return result
-
-
-def at_least(section: str, config: object, **least: float) -> None:
-    """Raise unless each named number is finite and at least so much."""
-    for name, low in least.items():
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value >= low):
-            raise ValueError(f"{section}.{name}={value} must be at least {low}")
-
-
-def _section(cls: type[S], where: str, values: Any) -> S:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where or 'a run'} must be keys and values; got {values!r}")
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for key in values:
-        check_choice(f"key of {where}" if where else "key", str(key), names)
-    return cls(
-        **{key: _value(f"{where}.{key}" if where else key, hints[key], v) for key, v in values.items()}
-    )
-
-
-def _value(name: str, hint: Any, value: Any) -> Any:
-    """The value as its annotation wants it: lists become tuples, 3e-4 (text in YAML) a number."""
-    if is_dataclass(hint):
-        return _section(typing.cast(type[Any], hint), name, value)
-    union = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kinds = [typing.get_origin(kind) or kind for kind in union]
-    if float in kinds and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if tuple in kinds and isinstance(value, str):
-        value = (value,)
-    if tuple in kinds and isinstance(value, list | tuple):
-        inner = typing.get_args(next(u for u in union if typing.get_origin(u) is tuple))[0]
-        return tuple(_value(name, inner, one) for one in value)
-    accepted = tuple(kind for kind in (*kinds, int if float in kinds else None) if kind is not None)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
-        words = {type(None): "nothing", Mapping: "keys and values", tuple: "a list", int: "a whole number"}
-        words |= {str: "text", float: "a number", bool: "true or false"}
-        raise ValueError(f"{name} must be {' or '.join(words[k] for k in kinds)}; got {value!r}")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-def _copy(value: Any) -> Any:
-    return {key: _copy(one) for key, one in value.items()} if isinstance(value, Mapping) else value
+        return section(cls, "", values)
