@@ -8,7 +8,7 @@ import pytest
 from tests.train.small import TEXT, write
 from writehead.bench import evidence, evidence_pages
 from writehead.bench.evidence import records, work
-from writehead.bench.experiments import HEADS, LONGER, MULTI30K, Sources, pieces, sources
+from writehead.bench.experiments import ACROSS, HEADS, LONGER, MULTI30K, TRANSLATORS, Sources, pieces, sources
 from writehead.config import ModelConfig
 from writehead.costs import parameters, skeleton
 from writehead.train.loop import Trainer
@@ -43,14 +43,15 @@ def test_the_variants_of_head_sharing_have_equal_parameters(name: str, vocab: in
 
 def test_translation_widens_as_the_paper_does() -> None:
     found = {piece.variant: piece.run.model for piece in pieces(["translation"], NOWHERE, seeds=1)}
-    assert len(found) == 8
+    assert list(found) == list(TRANSLATORS)
+    assert len(TRANSLATORS) == 8 + len(ACROSS)
     for variant, theirs in (("multi-query", 5440), ("multi-query local", 5440), ("8 thin heads", 6784)):
         assert abs(found[variant]["feedforward"]["hidden"] / 512 - theirs / 4096) < 0.001
         assert found[variant]["encoder"]["feedforward"] == found[variant]["feedforward"]
     for variant, model in found.items():
-        assert (
-            model["cross"]["kv_heads"] == model["encoder"]["mixer"]["kv_heads"] == model["mixer"]["kv_heads"]
-        )
+        shared = model["mixer"]["kv_heads"]
+        assert model["encoder"]["mixer"]["kv_heads"] == shared
+        assert model["cross"]["kv_heads"] == (8 if variant in ACROSS else shared)
         assert ("pattern" in model["mixer"]) == variant.endswith("local")
         assert "pattern" not in model["encoder"]["mixer"]
 

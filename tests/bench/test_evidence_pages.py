@@ -28,7 +28,7 @@ def translated(bleu: dict[str, float], seeds: int = 1) -> tuple[list[Piece], lis
 
 def test_a_partial_page_names_the_runs_that_are_missing() -> None:
     text = "\n".join(section("translation", *translated({"multi-head": 30.0, "1 head": 29.0})))
-    assert "**2 of 16 runs are done.** Missing: multi-head (seed 1); multi-query; multi-head local" in text
+    assert "**2 of 18 runs are done.** Missing: multi-head (seed 1); multi-query; multi-head local" in text
     assert "| multi-head | 8 x 16 | 512 | 1,234 | 1 | 2.000 | 20.00 | 30.00 | 1.424 | 26.7 | 28.4 |" in text
     assert "| multi-query | 8 x 16, 1 shared | 680 |  | 0 |  |  |  | 1.439 | 26.5 | 28.5 |" in text
     assert "Multi-query less" not in text
@@ -37,20 +37,27 @@ def test_a_partial_page_names_the_runs_that_are_missing() -> None:
 def test_nothing_is_claimed_before_a_run_is_done() -> None:
     planned, _ = translated({})
     text = "\n".join(section("translation", planned, []))
-    assert "**0 of 16 runs are done.**" in text
+    assert "**0 of 18 runs are done.**" in text
     assert "holds" not in text
 
 
 @pytest.mark.parametrize(("shared", "verdict"), [(29.5, "holds"), (29.3, "**does not hold**")])
 def test_multi_query_may_lose_six_tenths(shared: float, verdict: str) -> None:
     text = "\n".join(section("translation", *translated({"multi-head": 30.0, "multi-query": shared})))
-    assert f"{shared - 30:+.2f} BLEU (mean of 1 paired seeds). Within 0.6 BLEU: {verdict}." in text
+    assert f"{shared - 30:+.2f} BLEU (mean of one seed). Within 0.6 BLEU: {verdict}." in text
 
 
 def test_a_shrunk_baseline_that_is_not_beaten_is_shown() -> None:
     planned, found = translated({"multi-query": 29.0, "1 head": 28.0, "2 heads": 29.5})
     text = "\n".join(section("translation", planned, found))
     assert "1 head +1.00, 2 heads -0.50. Ahead of every one: **does not hold** (of 2 of 4 so far)." in text
+
+
+def test_where_sharing_costs_is_told_beside_multi_query() -> None:
+    planned, found = translated({"multi-query": 29.0, "multi-query, all heads across": 29.7})
+    text = "\n".join(section("translation", planned, found))
+    assert "source: +0.70 BLEU, +0.00 % perplexity over multi-query." in text
+    assert "| 29.70 |  |  |  |" in text
 
 
 def test_only_seeds_that_both_have_are_compared() -> None:
@@ -86,7 +93,7 @@ def test_the_page_and_its_plots_come_from_the_records_of_the_folder(tmp_path: Pa
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
     write([*planned, *pieces(["lm"], DATA, seeds=1)], tmp_path, ["Multi30k"])
     text = (tmp_path / "README.md").read_text()
-    assert "**2 of 16 runs are done.**" in text
+    assert "**2 of 18 runs are done.**" in text
     assert "**0 of 6 runs are done.**" in text
     assert "Not measured yet" in text
     assert (tmp_path / "translation.png").read_bytes().startswith(b"\x89PNG")

@@ -74,9 +74,9 @@ def test_every_part_that_it_covers_gives_the_logits_of_pytorch(variant: str) -> 
     model = built(5, **VARIANTS[variant])
     ours, theirs = native(model), TorchEngine(model)
     for calls in ([draw(3, 25)], [draw(3, 6), draw(3, 1, 1), draw(3, 1, 2), draw(3, 17, 3)]):
-        found, _ = play(ours, ours.start(draw(3, 2), Store())[1], calls)
-        right, _ = play(theirs, theirs.start(draw(3, 2), Store())[1], calls)
-        for a, b in zip(found, right, strict=True):
+        (first, one), (other, two) = (engine.start(draw(3, 12), Store()) for engine in (ours, theirs))
+        (found, _), (right, _) = play(ours, one, calls), play(theirs, two, calls)
+        for a, b in zip([first, *found], [other, *right], strict=True):
             close(a, b)
 
 

@@ -8,21 +8,21 @@ from typing import Any
 
 from writehead.bench.evidence import of
 from writehead.bench.evidence_plots import plot, speed_plot
-from writehead.bench.experiments import LENGTH, LOCAL, LONGER, POSITIONS, WINDOW, Piece
+from writehead.bench.experiments import ACROSS, LENGTH, LOCAL, LONGER, POSITIONS, WINDOW, Piece
 from writehead.bench.translation_speed import cells_of, read_speed, speed_page
 from writehead.convert.files import replacing
 
 Record = Mapping[str, Any]
 Rows = Mapping[str, list[Record]]
+NOTES = "notes.md"  # written by hand, beside the page
 TITLES = {
     "translation": "One write-head: translation",
     "lm": "One write-head: language modelling",
     "alibi": "ALiBi: train short, test long",
 }
 ASKED = {
-    "translation": "Shazeer 2019 (arXiv:1911.02150), Table 1: at equal parameters multi-query "
-    "attention loses "
-    "little against multi-head attention, and shrunk multi-head attention loses more.",
+    "translation": "Shazeer 2019 (arXiv:1911.02150), Table 1: at equal parameters multi-query attention "
+    "loses little against multi-head attention, and shrunk multi-head attention loses more.",
     "lm": "Shazeer 2019, Table 3: the same for language models.",
     "alibi": "Press, Smith, Lewis 2021 (arXiv:2108.12409): with ALiBi a model trained on short rows reads "
     "longer ones without loss; with sinusoidal positions it does not.",
@@ -64,12 +64,12 @@ def write(planned: Sequence[Piece], out: Path, said: Sequence[str]) -> None:
     parts = [
         "# Evidence",
         "",
-        "Written by `make evidence` (`writehead bench evidence`) from `results.jsonl`: our own small "
-        "runs, the "
-        "papers' figures beside them. The scales differ by orders of magnitude, so only differences "
-        "between the "
-        "lines of a table compare. ± is the standard deviation over seeds.",
+        "Written by `make evidence` (`writehead bench evidence`) from `results.jsonl`: our own small runs, "
+        "the papers' figures beside them. The scales differ by orders of magnitude, so only differences "
+        "between the lines of a table compare. ± is the standard deviation over seeds.",
     ]
+    if (out / NOTES).exists():
+        parts += ["", f"[What we make of them]({NOTES})."]
     for name in dict.fromkeys(piece.experiment for piece in planned):
         own = [piece for piece in planned if piece.experiment == name]
         found = of(own, out)
@@ -127,7 +127,8 @@ def table(name: str, rows: Rows, planned: Sequence[Piece]) -> list[str]:
         cells = [variant, shape, str(model["feedforward"]["hidden"])]
         cells += [f"{own[0]['parameters']:,}" if own else "", str(len(own))]
         cells += [_mean([r["results"][column] for r in own]) for column in columns]
-        lines.append(f"| {' | '.join([*cells, *paper[variant]])} |")
+        theirs = paper.get(variant, ("",) * len(paper[""]))
+        lines.append(f"| {' | '.join([*cells, *theirs])} |")
     return lines
 
 
@@ -167,6 +168,10 @@ def paired(rows: Rows, a: str, b: str, score: Callable[[Record], float]) -> tupl
     return statistics.fmean(scores[0][seed] - scores[1][seed] for seed in seeds), len(seeds)
 
 
+def _seeds(count: int) -> str:
+    return f"{count} paired seeds" if count > 1 else "one seed"
+
+
 def _sharing(rows: Rows, score: Callable[[Record], float], unit: str, within: float) -> list[str]:
     """What head sharing cost against all heads, and gained against shrunk ones; higher scores are better."""
     claims = []
@@ -175,7 +180,7 @@ def _sharing(rows: Rows, score: Callable[[Record], float], unit: str, within: fl
         difference, seeds = versus
         verdict = "holds" if difference >= -within else "**does not hold**"
         claims.append(
-            f"Multi-query less multi-head: {difference:+.2f} {unit} (mean of {seeds} paired seeds). Within "
+            f"Multi-query less multi-head: {difference:+.2f} {unit} (mean of {_seeds(seeds)}). Within "
             f"{within:g} {unit}: {verdict}."
         )
     beaten = {name: paired(rows, "multi-query", name, score) for name in SHRUNK}
@@ -191,15 +196,25 @@ def _sharing(rows: Rows, score: Callable[[Record], float], unit: str, within: fl
     return claims
 
 
+def _score(column: str, factor: float = 1) -> Callable[[Record], float]:
+    """A result of a run, in the unit that claims are made in."""
+    return lambda record: factor * float(record["results"][column])
+
+
 def _translation_claims(rows: Rows) -> list[str]:
-    claims = _sharing(rows, lambda r: float(r["results"]["BLEU beam 4"]), "BLEU", 0.6)
-    claims += _sharing(rows, lambda r: -100 * float(r["results"]["ln PPL"]), "% perplexity", 2)
+    bleu, perplexity = _score("BLEU beam 4"), _score("ln PPL", -100)
+    claims = _sharing(rows, bleu, "BLEU", 0.6) + _sharing(rows, perplexity, "% perplexity", 2)
+    for name, base in ACROSS.items():
+        gained = [paired(rows, name, base, score) for score in (bleu, perplexity)]
+        words = [f"{g[0]:+.2f} {unit}" for g, unit in zip(gained, ("BLEU", "% perplexity"), strict=True) if g]
+        if words:
+            claims.append(f"All heads where the decoder reads its source: {', '.join(words)} over {base}.")
     first = next(iter(rows.values()))[0]
     return [*claims, f"BLEU: sacreBLEU `{first['signature']}`, {first['scored']} sentences of test 2016."]
 
 
 def _lm_claims(rows: Rows) -> list[str]:
-    return _sharing(rows, lambda r: -100 * float(r["results"]["nats"]), "% perplexity", 2)
+    return _sharing(rows, _score("nats", -100), "% perplexity", 2)
 
 
 def _alibi_claims(rows: Rows) -> list[str]:
@@ -215,8 +230,7 @@ def _alibi_claims(rows: Rows) -> list[str]:
                 word = "flat or falling" if long - short < 0.01 else "**rising**"
                 claims.append(
                     f"{name}, {protocol}: perplexity at {8 * LENGTH} is {exp(long - short):.2f} times "
-                    "that at "
-                    f"{LENGTH}: {word}."
+                    f"that at {LENGTH}: {word}."
                 )
     return claims
 
@@ -237,31 +251,26 @@ def _setting(name: str, planned: Sequence[Piece]) -> str:
     lines = [
         f"Ours: {files}, BPE of {data.tokenizer['vocab']} tokens, {each} layers of width {model['dim']}, "
         f"{run.loop.steps} steps of {data.batch} rows, AdamW at {run.optim.lr:g}, "
-        f"{len({piece.seed for piece in planned})} seeds, the same for all variants."
+        f"{len({piece.seed for piece in planned})} seeds wanted, the same for all variants."
     ]
     if name == "translation":
         lines.append(
-            "All attentions of encoder and decoder share their heads alike. Feed-forward layers are "
-            "widened until "
-            "parameters are equal, as in the paper. Label smoothing 0.1, dropout 0.1; greedy, and 4 "
-            "beams with the "
-            f"paper's length penalty (alpha 0.6). {', '.join(LOCAL)}: the decoder sees {WINDOW} "
-            "tokens of its "
-            "own (32 in the paper, whose sentences are longer)."
+            "All attentions of encoder and decoder share their heads alike, but for the last line, which "
+            "is not of the paper. Feed-forward layers are widened until parameters are equal, as in the "
+            "paper. Label smoothing 0.1, dropout 0.1; greedy, and 4 beams with the paper's length penalty "
+            f"(alpha 0.6). {', '.join(LOCAL)}: the decoder sees {WINDOW} tokens of its own (32 in the "
+            "paper, whose sentences are longer)."
         )
     if name == "lm":
         lines.append(
-            f"Windows of {data.length} tokens apart, {planned[0].tokens} held-out tokens; nats are of "
-            "a BPE token. "
-            "Feed-forward layers are widened until parameters are equal."
+            f"Windows of {data.length} tokens apart, {planned[0].tokens} held-out tokens; nats are of a BPE "
+            "token. Feed-forward layers are widened until parameters are equal."
         )
     if name == "alibi":
         lines.append(
-            f"Trained on rows of {data.length} tokens. Windows apart score every token of a window, "
-            "the early ones "
-            "with little past; windows that slide by half score their second halves, so the "
-            "early-token effect is "
-            f"out. {planned[0].tokens} held-out tokens."
+            f"Trained on rows of {data.length} tokens. Windows apart score every token of a window, the "
+            "early ones with little past; windows that slide by half score their second halves, so the "
+            f"early-token effect is out. {planned[0].tokens} held-out tokens."
         )
     return " ".join(lines)
 
@@ -289,8 +298,6 @@ def _budget(found: Sequence[Record]) -> str:
     threads = sorted({r["machine"]["threads"] for r in found})
     return (
         f"Budget: {sum(steps) / 3600:.1f} core hours of training, {min(steps) / 60:.0f} to "
-        f"{max(steps) / 60:.0f} "
-        f"core minutes a run, on {', '.join(map(str, cpu))} ({', '.join(map(str, threads))} thread, "
-        "shared with "
-        f"other jobs); commit {', '.join(commits)}."
+        f"{max(steps) / 60:.0f} core minutes a run, on {', '.join(map(str, cpu))} "
+        f"({', '.join(map(str, threads))} thread, shared with other jobs); commit {', '.join(commits)}."
     )

@@ -6,12 +6,11 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from writehead.bench.experiments import HEADS, LENGTH, LOCAL, LONGER, POSITIONS
+from writehead.bench.experiments import LENGTH, LONGER, POSITIONS, TRANSLATORS
 from writehead.bench.plots import INK, _pyplot, _save
 from writehead.bench.translation_speed import PAPER, PHASES, Cell
 
 Rows = Mapping[str, list[Mapping[str, Any]]]
-ORDER = (*list(HEADS)[:2], *LOCAL, *list(HEADS)[2:])
 COLUMNS = {
     "translation": (
         ("BLEU beam 4", "BLEU, 4 beams (higher is better)"),
@@ -32,7 +31,7 @@ def plot(name: str, rows: Rows, path: Path) -> None:
 def _variants(rows: Rows, columns: Sequence[tuple[str, str]], path: Path) -> None:
     """A line of dots for each variant, one panel for each score."""
     plt = _pyplot()
-    names = [name for name in ORDER if name in rows]
+    names = [name for name in TRANSLATORS if name in rows]
     figure, axes = plt.subplots(
         1, len(columns), figsize=(4.2 * len(columns), 0.38 * len(names) + 1.1), squeeze=False, sharey=True
     )
