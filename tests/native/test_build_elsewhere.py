@@ -14,7 +14,7 @@ from writehead.native.build import FLAGS, INSTRUCTIONS, SOURCES, build, compiler
 from writehead.native.library import NEEDS
 
 DRIVER = Path(__file__).with_name("kernel_driver.cpp")
-PROGRAM = [*(flag for flag in FLAGS if flag not in ("-shared", "-O3")), "-O1", f"-I{SOURCES}"]
+PROGRAM = [*(flag for flag in FLAGS if flag != "-O3"), "-O1", f"-I{SOURCES}"]
 
 
 def driven(command: list[str], out: Path) -> subprocess.CompletedProcess[str]:

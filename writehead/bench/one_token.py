@@ -23,6 +23,7 @@ STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 WORKING_SET = 128 * 2**20  # bytes of layers that are read in turn, as a model's are; no cache holds them
 LARGEST = 300 * 2**20  # bytes of a single layer, above which a cell is left out
 SAMPLE = 0.02  # seconds
+PEAK, READ = "peak", "bandwidth"  # the machine's limits, which change with what its neighbours do
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def measure(
     working_set: int = WORKING_SET,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """Measure every format at every shape, formats in turns; layers above `LARGEST` are left out.
+    """Measure every format at every shape, in turns with the machine's limits; layers above `LARGEST` are left
+    out.
 
     Args:
         threads: of the engine.
@@ -109,8 +111,11 @@ def measure(
     """
     found = []
     with torch_threads(threads), team(threads) as (engine, helpers), torch.inference_mode():
-        peak = max(matmul_rate(torch.float32, rows, threads) for rows in (64, 2048))
-        bandwidth = read_bandwidth(working_set, threads)
+        buffer = torch.ones(working_set // 4)
+        limits = {
+            PEAK: lambda: 1 / max(matmul_rate(torch.float32, rows, threads) for rows in (64, 1024)),
+            READ: lambda: 1 / read_bandwidth(working_set, threads, buffer=buffer),
+        }
         for shape in ((G, S, B) for G in kv_heads for S in contexts for B in batches):
             say("one token, {} key/value heads, context {}, batch {}".format(*shape))
             layers = {
@@ -119,7 +124,9 @@ def measure(
             cases = {name: held.case(engine, helpers) for name, held in layers.items()}
             if not cases:
                 continue
-            for name, timing in alternate(cases, rounds, min_seconds=SAMPLE, max_rounds=rounds).items():
+            timings = alternate({**limits, **cases}, rounds, min_seconds=SAMPLE, max_rounds=rounds)
+            peak, bandwidth = (1 / timings.pop(name).median for name in limits)
+            for name, timing in timings.items():
                 found.append(Row(name, *shape, _bytes(name, *shape), bandwidth, peak, timing))
     return found
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
 
@@ -21,7 +21,7 @@ SOURCES = Path(__file__).parent / "src"
 FOLDER = Path(os.environ.get("WRITEHEAD_NATIVE") or SOURCES.parent)  # where the libraries are, or will be
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
-    *("-O3", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
     *("-ffp-contract=off", "-fno-math-errno", "-pthread", "-Wall", "-Wextra", "-Wno-psabi"),
     *("-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),  # GCC 12 finds it in its own immintrin.h
 )
@@ -70,24 +70,27 @@ def build(
     if command is None:
         looked = os.environ.get("CXX") or ", ".join(COMPILERS)
         raise RuntimeError(f"no C++ compiler found; looked for {looked}")
-    sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
     changed = max(path.stat().st_mtime for path in (*SOURCES.iterdir(), Path(__file__)))
     built, failed = [], []
-
-    def one(name: str, flags: Sequence[str]) -> None:
-        target = folder / f"libwritehead_{name}.so"
-        if not target.exists() or target.stat().st_mtime < changed or extra:
-            try:
-                warned = _compile([command, *FLAGS, *flags, *extra, *sources], target)
-            except RuntimeError as problem:
-                failed.append(f"{name}: {problem}")
-                return
-            say(f"{target}{warned}")
-        built.append(target)
-
     wanted = {name: flags for name, flags in instruction_sets().items() if not only or name in only}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(one, wanted, wanted.values()))
+    with tempfile.TemporaryDirectory() as objects, ThreadPoolExecutor(os.cpu_count()) as pool:
+        making = {}
+        for name, flags in wanted.items():
+            target = folder / f"libwritehead_{name}.so"
+            if target.exists() and target.stat().st_mtime >= changed and not extra:
+                built.append(target)
+                continue
+            call = [command, *FLAGS, *flags, *extra]
+            making[name] = target, call, _objects(pool, call, Path(objects) / name)
+        for name, (target, call, parts) in making.items():
+            try:
+                said = [part.result() for part in parts.values()]
+                said.append(_link([*call, "-shared", *map(str, parts)], target))
+            except RuntimeError as error:
+                failed.append(f"{name}: {error}")
+                continue
+            say("\n".join([str(target), *filter(None, said)]))
+            built.append(target)
     if not built:
         raise RuntimeError("\n".join(failed))
     for problem in failed:
@@ -95,19 +98,35 @@ def build(
     return sorted(built)
 
 
-def _compile(command: Sequence[str], target: Path) -> str:
-    """Run the compiler: its warnings, on lines of their own."""
+def _objects(pool: ThreadPoolExecutor, call: Sequence[str], folder: Path) -> dict[Path, Future[str]]:
+    """Compile each source on its own, so that as many processors as there are take part."""
+    folder.mkdir()
+    found = {}
+    for source in sorted(SOURCES.glob("*.cpp")):
+        made = folder / f"{source.stem}.o"
+        found[made] = pool.submit(_run, [*call, "-c", str(source), "-o", str(made)])
+    return found
+
+
+def _link(call: Sequence[str], target: Path) -> str:
+    """Make the library whole or not at all: the compiler's warnings."""
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
     try:
-        run = subprocess.run([*command, "-o", temporary], capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"{command[0]} failed:\n{run.stderr.strip()}")
+        said = _run([*call, "-o", temporary])
         Path(temporary).chmod(0o755)
         Path(temporary).replace(target)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return f"\n{run.stderr.strip()}" if run.stderr.strip() else ""
+    return said
+
+
+def _run(call: Sequence[str]) -> str:
+    """Run the compiler: its warnings."""
+    run = subprocess.run(call, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{call[0]} failed:\n{run.stderr.strip()}")
+    return run.stderr.strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
