@@ -94,8 +94,7 @@ def measure(
     working_set: int = WORKING_SET,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """Measure every format at every shape, in turns with the machine's limits; layers above `LARGEST` are left
-    out.
+    """Measure every format at every shape, in turns with the machine's limits; no layers above `LARGEST`.
 
     Args:
         threads: of the engine.
