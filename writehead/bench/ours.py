@@ -13,6 +13,7 @@ from writehead.convert.packed import load_packed
 from writehead.core.slots import Store
 from writehead.core.state import State, rewind
 from writehead.decode.engine import Engine, TorchEngine
+from writehead.decode.sampling import greedy
 from writehead.model.decoder import Decoder
 from writehead.native.covers import why_not
 from writehead.native.engine import NativeEngine
@@ -56,12 +57,12 @@ class Ours:
             self._held.clear()  # before the next state is allocated
             rows = torch.tensor(rows_of(self.engine.vocab, batch, context))
             logits, state = self.engine.start(rows, self._store(context + new_tokens))
-            self.hold(context, logits.argmax(-1), state)
+            self.hold(context, greedy(logits), state)
         tokens, state = self._held.pop()
         first, start = tokens, time.perf_counter()
         for _ in range(new_tokens):
             logits, state = self.engine.step(tokens, state)
-            tokens = logits.argmax(-1)
+            tokens = greedy(logits)
         seconds = time.perf_counter() - start
         with torch.inference_mode():
             self._held.append((first, rewind(state, new_tokens)))

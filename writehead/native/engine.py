@@ -148,7 +148,7 @@ class NativeEngine:
         )
         wide = -(-self.vocab // LANES) * LANES
         logits = torch.empty(int(wanted.sum()), wide)
-        flags = wanted.to(torch.uint8).contiguous()
+        flags = wanted.contiguous().view(torch.uint8)
         call = structs.Call(
             rows=B,
             tokens=T,

@@ -178,20 +178,19 @@ Output panel_output(const wh_matrix& w, const Output& all, int n, int n1, int bl
     return out;
 }
 
-// Calls body(first row, height, number) for the tiles of an area.
+// Calls body(first row, height, number) for some tiles.
 template <class Body>
-void each_tile(const Tiles& tiles, const Area& area, const Body& body) {
-    const int from = tiles.of(area.row0);
-    for (int tile = from, row = area.row0, next; row < area.row1; tile++, row = next) {
-        next = tiles.begin(tile + 1);  // a division takes as long as a part of a tile
-        body(row, next - row, tile - from);
+void each_tile(const Tiles& tiles, int from, int count, const Body& body) {
+    for (int tile = from; tile < from + count; tile++) {
+        const int row = tiles.begin(tile);
+        body(row, tiles.begin(tile + 1) - row, tile - from);
     }
 }
 
 template <class T>
 void multiply_float(const wh_matrix& w, const float* x, int rows, const Area& area, const Output& all) {
     const Tiles tiles(w, rows);
-    const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = blocks_at_once(w, rows);
+    const int tile = tiles.of(area.row0), count = tiles.of(area.row1 - 1) - tile + 1, most = blocks_at_once(w, rows);
     const bool copied = sizeof(T) < sizeof(float) && count >= kCopied;
     const size_t stride = static_cast<size_t>(padded(w)) * kBlock;
     const int panels = count > 1 ? std::max(1, (w.k + kPanel - 1) / kPanel) : 1;
@@ -208,7 +207,7 @@ void multiply_float(const wh_matrix& w, const float* x, int rows, const Area& ar
                 for (int i = 0; i < inputs * kBlock; i += kLanes) store(to + i, load_weights(weights + b * stride + i));
             }
             Output out = panel_output(w, all, n, area.n1, blocks, k);
-            each_tile(tiles, area, [&](int first, int height, int number) {
+            each_tile(tiles, tile, count, [&](int first, int height, int number) {
                 const float* from = x + static_cast<size_t>(first) * w.k + static_cast<size_t>(k) * height;
                 out.y = all.y + first * all.ldy + n;
                 const int fetched = fetch(out, number, count, reinterpret_cast<const char*>(weights),
@@ -229,7 +228,7 @@ void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, const Are
     static constexpr auto wide = byte_tiles<F, kByteBlocks, true>(std::make_index_sequence<kByteRows>());
     static constexpr auto still = byte_tiles<F, kByteBlocks, false>(std::make_index_sequence<kByteRows>());
     const Tiles tiles(w, rows);
-    const int count = tiles.of(area.row1 - 1) - tiles.of(area.row0) + 1, most = blocks_at_once(w, rows);
+    const int tile = tiles.of(area.row0), count = tiles.of(area.row1 - 1) - tile + 1, most = blocks_at_once(w, rows);
     const int groups = padded(w) / kGroup;
     const size_t bytes = static_cast<size_t>(groups) * group_bytes(F), scales = static_cast<size_t>(groups) * group_scales(F);
     for (int n = area.n0, blocks; n < area.n1; n += blocks * kBlock) {
@@ -238,7 +237,7 @@ void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, const Are
         const uint16_t* const scale = static_cast<const uint16_t*>(w.scales) + n / kBlock * scales;
         const char *const own = reinterpret_cast<const char*>(weights), *const next = own + blocks * bytes;
         Output out = panel_output(w, all, n, area.n1, blocks, 0);
-        each_tile(tiles, area, [&](int first, int height, int number) {
+        each_tile(tiles, tile, count, [&](int first, int height, int number) {
             out.y = all.y + first * all.ldy + n;
             const int fetched = fetch(out, number, count, own, next, bytes, blocks);
             (blocks < kByteBlocks ? narrow : fetched ? wide : still)[height - 1](
@@ -279,6 +278,8 @@ void prepare(const wh_matrix& w, const float* x, int ldx, int first, int last, i
 Tiles::Tiles(const wh_matrix& w, int rows) : rows(rows) {
     const int most = in_bytes(w) ? kByteRows : tall(w, rows) ? kTallRows : kFloatRows;
     count = (rows + most - 1) / most;
+    low = count ? rows / count : 0;
+    high = count ? rows % count : 0;
 }
 
 Pieces::Pieces(const wh_matrix& w, int rows, int step) : tiles_(w, rows), n_(w.n) {

@@ -21,13 +21,17 @@ size_t prepared_bytes(const wh_matrix& w, int rows);
 // `scratch` is aligned to 64 bytes; it serves every matrix with the same k and kind of format.
 void prepare(const wh_matrix& w, const float* x, int ldx, int first, int last, int rows, void* scratch);
 
-// Rows are multiplied in tiles of nearly equal height.
+// Rows are multiplied in tiles of nearly equal height: the first few have a row more. Where one begins takes no
+// division, which would take as long as a part of a tile.
 struct Tiles {
-    int rows, count;
+    int rows, count, low, high;  // `low` rows a tile, and one more in the first `high` tiles
 
     Tiles(const wh_matrix& w, int rows);
-    int begin(int tile) const { return static_cast<int>(static_cast<long>(rows) * tile / count); }
-    int of(int row) const { return static_cast<int>(((row + 1L) * count - 1) / rows); }
+    int begin(int tile) const { return tile * low + (tile < high ? tile : high); }
+    int of(int row) const {
+        const int edge = high * (low + 1);
+        return count == 1 ? 0 : row < edge ? row / (low + 1) : high + (row - edge) / low;
+    }
 };
 
 // A part of a result: rows [row0, row1), which are whole tiles, and outputs [n0, n1).
