@@ -27,7 +27,8 @@ def decode_plot(rows: Sequence[Row], path: Path) -> None:
             for row in here:
                 place = engines.index(row.engine)
                 axis.bar(place, row.rate, color=INK[place % len(INK)], width=0.75, label=row.engine)
-                axis.text(place, row.rate, f"{row.rate:.3g}", ha="center", va="bottom", fontsize=7)
+                label = f"{row.rate:,.0f}" if row.rate >= 100 else f"{row.rate:.3g}"
+                axis.text(place, row.rate, label, ha="center", va="bottom", fontsize=7)
             if here:
                 axis.axhline(here[0].tokens / here[0].roof_s, color="black", linestyle=":", linewidth=1)
             axis.set_title(f"{cell}\n{kind}", fontsize=8)
