@@ -180,8 +180,8 @@ def _sharing(rows: Rows, score: Callable[[Record], float], unit: str, within: fl
         difference, seeds = versus
         verdict = "holds" if difference >= -within else "**does not hold**"
         claims.append(
-            f"Multi-query against multi-head (plus is better): {difference:+.2f} {unit} (mean of {_seeds(seeds)}). Within "
-            f"{within:g} {unit}: {verdict}."
+            f"Multi-query against multi-head (plus is better): {difference:+.2f} {unit} "
+            f"(mean of {_seeds(seeds)}). Within {within:g} {unit}: {verdict}."
         )
     beaten = {name: paired(rows, "multi-query", name, score) for name in SHRUNK}
     known = {name: value for name, value in beaten.items() if value is not None}
@@ -191,7 +191,8 @@ def _sharing(rows: Rows, score: Callable[[Record], float], unit: str, within: fl
         verdict = "holds" if ahead else "**does not hold**"
         some = "" if len(known) == len(SHRUNK) else f" (of {len(known)} of {len(SHRUNK)} so far)"
         claims.append(
-            f"Multi-query against shrunk baselines in {unit} (plus is better): {words}. Ahead of every one: {verdict}{some}."
+            f"Multi-query against shrunk baselines in {unit} (plus is better): {words}. "
+            f"Ahead of every one: {verdict}{some}."
         )
     return claims
 
