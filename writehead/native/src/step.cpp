@@ -193,7 +193,8 @@ void wh_engine::project(const wh_layer& layer, const wh_call& call) {
 void wh_engine::keep_wanted(const wh_layer& layer, const wh_call& call) {
     if (wanted.size() == tokens.size()) return;
     for (size_t i = 0; i < wanted.size(); i++) {  // in order, so that nothing is overwritten before it moves
-        const int from = wanted[i];
+        const size_t from = wanted[i];
+        if (from == i) continue;
         tokens[i] = tokens[from];
         std::copy_n(x[from], x.apart, x[i]);
         std::copy_n(qkv[from], qkv.apart, qkv[i]);
