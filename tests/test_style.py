@@ -31,7 +31,7 @@ ROOMS = (
     ("model",),
     ("native",),
     ("decode", "convert", "laws"),
-    ("costs", "engines"),
+    ("costs", "engines", "solo"),
     ("train",),
     ("evaluate",),
     ("bench",),

@@ -9,7 +9,7 @@ from writehead.config import ModelConfig
 from writehead.convert.build import fill
 from writehead.convert.load import find, load
 from writehead.convert.packed import load_packed
-from writehead.convert.packed_files import is_packed
+from writehead.convert.packed_map import is_packed
 from writehead.convert.tokenizer import Tokenizer
 from writehead.core.shapes import check_choice
 from writehead.decode.engine import Engine, TorchEngine
@@ -18,9 +18,10 @@ from writehead.model.decoder import Decoder
 from writehead.model.seq2seq import Seq2Seq
 from writehead.native.covers import NotCoveredError
 from writehead.native.engine import NativeEngine
-from writehead.native.formats import FORMATS, STEPS
+from writehead.native.formats import STEPS
 from writehead.native.library import library
 from writehead.native.state import STORED
+from writehead.native.structs import FORMATS
 from writehead.native.weights import PackedModel, unpack_weights
 
 ENGINES = ("auto", "native", "torch")

@@ -228,9 +228,9 @@ def test_ctrl_c_prints_what_there_is_and_ends_with_130(
 def test_what_cannot_be_done_is_one_line_and_a_code(
     run: Run, flags: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from writehead.decode import engine
+    from writehead.decode import limits
 
-    monkeypatch.setattr(engine, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(limits, "available_memory", lambda: 2**30)
     ran = run(*flags)
     assert ran.code == code
     assert message in ran.err

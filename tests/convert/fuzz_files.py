@@ -18,9 +18,11 @@ import torch
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers
 
-from writehead.convert.files import BadFile, read_json, read_tensors, write_tensors
+from writehead.convert.errors import BadFile
+from writehead.convert.files import read_tensors, write_tensors
 from writehead.convert.gguf import Cursor, open_gguf
 from writehead.convert.quants import DECODERS
+from writehead.convert.strict_json import read_json
 from writehead.convert.tokenizer import Tokenizer
 
 SPARE_BYTES = 2**27  # address space beyond what the process has when it starts on the files

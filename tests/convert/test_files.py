@@ -8,14 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from writehead.convert.files import (
-    BadFile,
-    read_json,
-    read_tensors,
-    whole_or_nothing,
-    write_json,
-    write_tensors,
-)
+from writehead.convert.errors import BadFile
+from writehead.convert.files import read_tensors, write_tensors
+from writehead.convert.strict_json import read_json
+from writehead.convert.writing import whole_or_nothing, write_json
 
 WEIGHTS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),

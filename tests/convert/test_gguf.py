@@ -22,7 +22,7 @@ from gguf_writer import (
     write_gguf,
 )
 
-from writehead.convert.files import BadFile
+from writehead.convert.errors import BadFile
 from writehead.convert.gguf import open_gguf
 from writehead.convert.quants import BY_NAME, CHUNK_VALUES, DECODERS, FORMATS, dequantize
 

@@ -17,12 +17,13 @@ from writehead.convert.errors import BadFile
 from writehead.convert.gguf import open_gguf
 from writehead.convert.load import load, save
 from writehead.convert.packed import load_packed, save_packed
-from writehead.convert.packed_files import FILE
+from writehead.convert.packed_map import FILE
 from writehead.convert.tokenizer import Tokenizer
 from writehead.model.decoder import Decoder
 from writehead.model.encoder import Encoder
 from writehead.model.parts import weights
-from writehead.native.formats import FORMATS, pack, unpack
+from writehead.native.formats import pack, unpack
+from writehead.native.structs import FORMATS
 from writehead.native.weights import PackedModel, pack_model, unpack_weights
 
 WIDE: dict[str, Any] = {
@@ -221,8 +222,8 @@ def rename(header: dict[str, Any], old: str, new: str) -> None:
         (lambda h: rename(h, QKV, "else"), f"the weight {QKV} is missing"),
         (lambda h: rename(h, f"{QKV}.scales", "else"), r"no format of a matrix \(60, 40\) has these"),
         (lambda h: h[QKV].update(shape=[h[QKV]["shape"][0] * 2, 8, 16, 4]), "no format of a matrix|shape"),
-        (lambda h: h["stack.norm.weight"].update(shape=[4, 10]), r"stack.norm.weight is torch.float32 \(4, 10\)"),
-        (lambda h: h["stack.norm.weight"].update(dtype="I32"), r"stack.norm.weight is torch.int32 \(40,\)"),
+        (lambda h: h["stack.norm.weight"].update(shape=[4, 10]), r"stack.norm.weight is F32 \(4, 10\)"),
+        (lambda h: h["stack.norm.weight"].update(dtype="I32"), r"stack.norm.weight is I32 \(40,\)"),
         (lambda h: h[QKV].update(data_offsets=[0, 3]), "needs .* bytes, data_offsets give 3"),
     ],
 )  # fmt: skip

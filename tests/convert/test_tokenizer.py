@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from writehead.convert.files import BadFile, read_json, write_json
+from writehead.convert.errors import BadFile
 from writehead.convert.gguf import open_gguf
 from writehead.convert.spelling import BYTES
+from writehead.convert.strict_json import read_json
 from writehead.convert.tokenizer import Tokenizer
+from writehead.convert.writing import write_json
 
 PIECES = (
     "Hello", "world", "don't", "WE'LL", "naïve", "Straße", "привет", "日本語", "한국어", "العربية", "हिन्दी",

@@ -8,8 +8,9 @@ from torch import nn
 from writehead.core.slots import Store
 from writehead.core.state import nbytes, tensors
 from writehead.core.system import available_memory
-from writehead.decode import engine as engines
-from writehead.decode.engine import TorchEngine, check_memory
+from writehead.decode import limits
+from writehead.decode.engine import TorchEngine
+from writehead.decode.limits import check_memory
 from writehead.mixers.cross import Memory
 from writehead.model.encoder import Encoder
 
@@ -149,11 +150,11 @@ def test_an_engine_wants_a_model_that_decodes() -> None:
 
 
 def test_memory_that_is_not_there_is_refused_with_both_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(limits, "available_memory", lambda: 2**30)
     check_memory(2**30, "this")
     with pytest.raises(ValueError, match=r"this needs 1\.50 GiB, and 1\.00 GiB are available"):
         check_memory(3 * 2**29, "this")
-    monkeypatch.setattr(engines, "available_memory", lambda: None)
+    monkeypatch.setattr(limits, "available_memory", lambda: None)
     check_memory(2**60, "that")
 
 

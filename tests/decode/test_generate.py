@@ -19,7 +19,7 @@ from tiny_models import (
 )
 
 from writehead.core.slots import Store
-from writehead.decode import engine as engines
+from writehead.decode import limits
 from writehead.decode.engine import TorchEngine
 from writehead.decode.generate import generate, stream
 from writehead.decode.options import Options
@@ -335,7 +335,7 @@ def test_going_beyond_the_trained_context_warns() -> None:
 def test_a_context_that_does_not_fit_in_memory_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Counting(decoder())
     needed = 2 * engine.state_bytes(4, 10**9 + 7, Options(max_new_tokens=10**9).store)
-    monkeypatch.setattr(engines, "available_memory", lambda: needed // 2)
+    monkeypatch.setattr(limits, "available_memory", lambda: needed // 2)
     with pytest.raises(
         ValueError, match=r"decoding 4 rows of 1000000007 tokens needs .* GiB, and .* GiB are av"
     ):

@@ -10,16 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from writehead.decode.sampling import (
-    Rows,
-    Sampling,
-    draw,
-    filtered_logprobs,
-    mark,
-    penalise,
-    pick,
-    row_generators,
-)
+from writehead.decode.filters import row_generators
+from writehead.decode.options import Sampling
+from writehead.decode.sampling import Rows, draw, filtered_logprobs, mark, penalise, pick
 
 SIGNIFICANCE = 1e-4  # chance that a right implementation fails a chi-square test; the seeds are fixed
 DRAWS = 100_000

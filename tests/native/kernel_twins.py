@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from writehead.native.formats import GROUP, STEPS, Packed, unpack
+from writehead.native.formats import STEPS, Packed, unpack
+from writehead.native.structs import GROUP
 
 
 def quantised(x: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from writehead.native import structs
 from writehead.native.build import FOLDER
-from writehead.native.formats import FORMATS
 from writehead.native.library import load, runnable
+from writehead.native.structs import FORMATS
 
 ROUNDING = 3e-6  # of values around 1: float32 sums of up to some hundred terms
 

@@ -9,7 +9,8 @@ from writehead.config import ModelConfig
 from writehead.model.decoder import Decoder
 from writehead.model.encoder import Encoder
 from writehead.model.parts import weights
-from writehead.native.formats import FORMATS, GROUP, pack, shapes, unpack
+from writehead.native.formats import pack, unpack
+from writehead.native.structs import FORMATS, GROUP, shapes
 from writehead.native.weights import pack_model, pack_weights, unpack_weights
 
 SHAPES = [(1, 1), (16, 32), (17, 33), (49, 100), (100, 31), (3, 64)]

@@ -10,7 +10,7 @@ from tiny_native import CAUSAL, FLIPS, PROMPTS, ROUNDING, built, close, native, 
 from writehead.core.slots import Store
 from writehead.core.state import CannotRewind, join, nbytes, rewind, select
 from writehead.decode.engine import TorchEngine
-from writehead.native import engine as engine_module
+from writehead.native import kernels
 from writehead.native.covers import why_not
 from writehead.native.engine import NativeEngine
 from writehead.native.weights import pack_model
@@ -286,7 +286,7 @@ def test_what_cannot_be_run_is_refused() -> None:
 
 def test_without_a_library_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = pack_model(single(), "float32")
-    monkeypatch.setattr(engine_module, "library", lambda: (None, "there was no compiler"))
+    monkeypatch.setattr(kernels, "library", lambda: (None, "there was no compiler"))
     with pytest.raises(ValueError, match="the native engine cannot run here: there was no compiler"):
         NativeEngine(packed)
 
@@ -300,9 +300,9 @@ def test_threads_or_memory_that_cannot_be_had_are_named(monkeypatch: pytest.Monk
         wh_engine_create = staticmethod(lambda model, threads: None)
         wh_step = staticmethod(lambda engine, call: -1)
 
-    monkeypatch.setattr(engine, "_library", Poor())
+    monkeypatch.setattr(engine._kernels, "_library", Poor())
     with pytest.raises(MemoryError, match="no memory for a step of 2 rows of 3 tokens"):
         engine.start(draw(2, 3), Store())
-    monkeypatch.setattr(engine_module, "library", lambda: (Poor(), "poor"))
+    monkeypatch.setattr(kernels, "library", lambda: (Poor(), "poor"))
     with pytest.raises(ValueError, match="could not start 7 threads; give fewer"):
         native(single(), threads=7)

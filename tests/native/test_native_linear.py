@@ -12,9 +12,9 @@ from kernel_twins import product, quantised
 from torch import Tensor
 
 from writehead.native.build import FOLDER
-from writehead.native.formats import FORMATS, STEPS, Packed, pack, unpack
+from writehead.native.formats import STEPS, Packed, pack, unpack
 from writehead.native.library import load, runnable
-from writehead.native.structs import Matrix
+from writehead.native.structs import FORMATS, Matrix
 
 SETS = runnable()
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 16, 24, 25, 37, 64, 129, 130)

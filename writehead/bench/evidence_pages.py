@@ -10,7 +10,7 @@ from writehead.bench.evidence import of
 from writehead.bench.evidence_plots import plot, speed_plot
 from writehead.bench.experiments import ACROSS, LENGTH, LOCAL, LONGER, POSITIONS, WINDOW, Piece
 from writehead.bench.translation_speed import cells_of, read_speed, speed_page
-from writehead.convert.files import replacing
+from writehead.convert.writing import replacing
 
 Record = Mapping[str, Any]
 Rows = Mapping[str, list[Record]]

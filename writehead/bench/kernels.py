@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from writehead.bench.machine import read_bandwidth, torch_threads
 from writehead.bench.measure import Timing, alternate
-from writehead.native.formats import FORMATS, Packed, pack
+from writehead.native.formats import Packed, pack
 from writehead.native.library import library
-from writehead.native.structs import Matrix
+from writehead.native.structs import FORMATS, Matrix
 
 SHAPES = ((1536, 576), (576, 1536), (4096, 4096))  # outputs and inputs: a small model's, a large one's
 ROWS = (1, 4, 8, 16, 64)

@@ -12,8 +12,7 @@ from torch import Tensor
 from writehead.bench.kernels import team
 from writehead.bench.machine import matmul_rate, read_bandwidth, torch_threads
 from writehead.bench.measure import Timing, alternate
-from writehead.native.formats import FORMATS
-from writehead.native.structs import Cache, pointer
+from writehead.native.structs import FORMATS, Cache, pointer
 
 HEADS, HEAD_DIM = 16, 64
 KV_HEADS = (1, 4, 16)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from writehead.decode.generate import Stream
     from writehead.decode.options import Options
     from writehead.decode.result import Generation, Timings
     from writehead.engines import Opened
+    from writehead.solo import Solo, SoloStream
 
 CHOICE, SEARCH, MACHINE = "Which token comes next", "Beams and speculation", "Model and machine"
 COMPILE = (
@@ -93,10 +95,6 @@ def command(
     check("--dtype", dtype or "float32", DTYPES)
     check("--cache-dtype", cache_dtype or "float32", CACHE_DTYPES)
     check("--engine", engine, ENGINES)
-    import torch
-
-    from writehead.core.system import available_memory, cores
-
     options = _options(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -112,11 +110,47 @@ def command(
         length_penalty=length_penalty,
         early_stopping=early_stopping or "never",
         prompt_lookup_num_tokens=prompt_lookup,
-        cache_dtype=getattr(torch, cache_dtype) if cache_dtype else None,
+        cache_dtype=_dtype(cache_dtype),
     )
-    torch.set_num_threads(threads or cores())
+    solo = None if engine == "torch" or compile else _solo(model, dtype, threads, options)
+    opened = solo or _opened(model, dtype, engine, threads, compile, options)
+    ids = _ids(opened, text, chat, system)
+    with _warnings():
+        run = _stream(opened, ids, options)
+        limit = _bandwidth(run.timings.weight_bytes, threads) if roofline else None
+        whole = _follow(run, options, stream=not as_json)
+    if as_json:
+        _print_json(model, opened, len(ids), run.generations, run.timings, limit)
+    else:
+        typer.echo(f"{_report(run.timings, limit)} ({opened.why})", err=True)
+    if not whole:
+        raise KeyboardInterrupt
+
+
+def _dtype(name: str | None) -> Any:
+    if name is None:
+        return None
+    import torch
+
+    return getattr(torch, name)
+
+
+def _solo(model: str, dtype: str | None, threads: int | None, options: "Options") -> "Solo | None":
+    """The model if this text needs no PyTorch, whose import takes longer than a short text."""
+    from writehead.solo import open_solo, plain
+
+    return open_solo(model, dtype=dtype, threads=threads) if plain(options) else None
+
+
+def _opened(
+    model: str, dtype: str | None, engine: str, threads: int | None, compile: bool, options: "Options"
+) -> "Opened":
+    import torch
+
+    from writehead.core.system import available_memory, cores
     from writehead.engines import open_engine
 
+    torch.set_num_threads(threads or cores())
     opened = open_engine(
         model,
         dtype=dtype,
@@ -126,18 +160,9 @@ def command(
         compile=compile,
         memory_bytes=available_memory(),
     )
-    ids = _ids(opened, text, chat, system)
-    limit = _bandwidth(opened) if roofline else None
     if opened.engine.name == "native":
         torch.set_num_threads(1)  # torch's own threads would fight with the engine's
-    with _warnings():
-        generations, timings, whole = _run(opened, ids, options, stream=not as_json)
-    if as_json:
-        _print_json(model, opened, len(ids), generations, timings, limit)
-    else:
-        typer.echo(f"{_report(timings, limit)} ({opened.why})", err=True)
-    if not whole:
-        raise KeyboardInterrupt
+    return opened
 
 
 def _text(prompt: str | None) -> str:
@@ -167,7 +192,7 @@ def _options(**values: Any) -> "Options":
         raise typer.BadParameter(str(error)) from error
 
 
-def _ids(loaded: "Opened", text: str, chat: bool, system: str | None) -> list[int]:
+def _ids(loaded: "Opened | Solo", text: str, chat: bool, system: str | None) -> list[int]:
     if loaded.tokenizer is None:
         raise ValueError(f"{loaded.source} has no tokenizer, so it can read no text")
     if not chat:
@@ -178,14 +203,12 @@ def _ids(loaded: "Opened", text: str, chat: bool, system: str | None) -> list[in
     return loaded.tokenizer.encode(loaded.tokenizer.chat(messages), bos=False)
 
 
-def _bandwidth(opened: "Opened") -> float:
+def _bandwidth(weights: int, threads: int | None) -> float:
     """Bytes per second that this machine reads of a working set as large as the weights."""
-    import torch
-
     from writehead.bench.machine import WORKING_SETS, read_bandwidth
+    from writehead.core.system import cores
 
-    size = min(max(opened.engine.weight_bytes(), WORKING_SETS[0]), WORKING_SETS[-1])
-    return read_bandwidth(size, torch.get_num_threads())
+    return read_bandwidth(min(max(weights, WORKING_SETS[0]), WORKING_SETS[-1]), threads or cores())
 
 
 @contextmanager
@@ -197,10 +220,11 @@ def _warnings() -> Iterator[None]:
         yield
 
 
-def _run(
-    opened: "Opened", ids: list[int], options: "Options", stream: bool
-) -> tuple[list["Generation"], "Timings", bool]:
-    """Decode, with one text as it comes; the last value says whether it came to its end."""
+def _stream(opened: "Opened | Solo", ids: list[int], options: "Options") -> "Stream | SoloStream":
+    from writehead.solo import Solo, SoloStream
+
+    if isinstance(opened, Solo):
+        return SoloStream(opened, ids, options)
     from dataclasses import replace
 
     from writehead.cli.models import decoder_start
@@ -208,7 +232,11 @@ def _run(
 
     if opened.engine.reads_source and opened.tokenizer is not None:
         options = replace(options, decoder_start_token_id=decoder_start(opened.source, opened.tokenizer.pad))
-    run = Stream(opened.engine, [ids], options, opened.tokenizer, beams=True)
+    return Stream(opened.engine, [ids], options, opened.tokenizer, beams=True)
+
+
+def _follow(run: "Stream | SoloStream", options: "Options", stream: bool) -> bool:
+    """Decode, with one text as it comes; did it come to its end?"""
     alone, whole = options.num_return_sequences == 1 and options.num_beams == 1, True
     try:
         for event in run:
@@ -219,7 +247,7 @@ def _run(
         whole = False
     if stream:
         _print_texts(run.generations, alone)
-    return run.generations, run.timings, whole
+    return whole
 
 
 def _print_texts(generations: list["Generation"], alone: bool) -> None:
@@ -249,7 +277,7 @@ def _report(t: "Timings", limit: float | None) -> str:
 
 def _print_json(
     model: str,
-    opened: "Opened",
+    opened: "Opened | Solo",
     prompt: int,
     generations: list["Generation"],
     t: "Timings",
@@ -294,6 +322,6 @@ def _print_json(
                 "machine_bytes_per_second": limit,
                 "share": t.bandwidth / limit if limit else None,
             },
-            "memory": {"weight_bytes": opened.engine.weight_bytes(), "peak_bytes": peak_memory()},
+            "memory": {"weight_bytes": t.weight_bytes, "peak_bytes": peak_memory()},
         }
     )

@@ -17,10 +17,10 @@ def config_of(name: str) -> "ModelConfig":
     Raises:
         ValueError: no such model, or a file that does not describe one; the message names it.
     """
-    from writehead.convert.files import read_json
     from writehead.convert.gguf import open_gguf
     from writehead.convert.gguf_llama import read_config
     from writehead.convert.load import find
+    from writehead.convert.strict_json import read_json
     from writehead.presets import PRESETS
 
     path = Path(name)
@@ -46,7 +46,7 @@ def decoder_start(source: Path, pad: int | None) -> int | None:
         ValueError: a config.json that says something else than a token.
     """
     from writehead.convert.errors import shown
-    from writehead.convert.files import read_json
+    from writehead.convert.strict_json import read_json
 
     file = source / "config.json"
     said = read_json(file).get("decoder_start_token_id") if file.is_file() else None
@@ -64,8 +64,8 @@ def _ours(path: Path) -> "ModelConfig":
 def _theirs(path: Path) -> "ModelConfig":
     """A Hugging Face config.json; every key must be one that we can honour."""
     from writehead.convert.errors import BadFile
-    from writehead.convert.files import read_json
     from writehead.convert.huggingface import read_config
+    from writehead.convert.strict_json import read_json
 
     try:
         return read_config(read_json(path))[1]

@@ -61,7 +61,7 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: the folder does not exist or cannot be written.
     """
-    from writehead.convert.files import replacing
+    from writehead.convert.writing import replacing
 
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such folder to write into", str(path.parent))

@@ -1,14 +1,8 @@
-"""Model folders: tensors read lazily from safetensors files, written in shards, whole or not at all."""
+"""Tensors of a checkpoint: read lazily from safetensors files, written in shards."""
 
-import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +12,24 @@ from torch import Tensor
 from writehead.convert.errors import BadFile, shown
 from writehead.convert.header import Entry, read_header
 from writehead.convert.strict_json import read_json
-
-__all__ = ["BadFile", "Tensors", "read_json", "read_tensors", "replacing", "whole_or_nothing", "write_json"]
-__all__ += ["write_tensors"]
+from writehead.convert.writing import replacing, write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\- ]{0,200}\.safetensors")
 
 
@@ -63,7 +69,7 @@ class Tensors(Mapping[str, Tensor]):
                     raise OSError("the file was shortened while it was open")
         except OSError as error:
             raise BadFile(path, f"tensor {shown(name)} cannot be read: {shown(str(error), 200)}") from error
-        return flat.view(entry.dtype)
+        return flat.view(DTYPES[entry.dtype])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -213,98 +219,3 @@ def _write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
             save_file(ready, temporary, metadata=metadata)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{path.name} cannot be written: {shown(str(error), 300)}") from error
-
-
-def write_json(path: Path | str, obj: Mapping[str, Any]) -> None:
-    """Write an object as JSON: UTF-8, indented, finite numbers only, complete or not at all.
-
-    Raises:
-        ValueError: a number is NaN or infinite.
-    """
-    text = json.dumps(dict(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with replacing(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that is synced and takes its name at the end, or is removed."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file it was
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_or_nothing(directory: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which becomes `directory` when the block ends well and vanishes otherwise.
-
-    Args:
-        directory: the folder to make; its parent must exist.
-        overwrite: replace a folder that is there, if it is empty or holds a config.json.
-
-    Raises:
-        ValueError: the target may not be made or replaced.
-    """
-    target = Path(os.path.realpath(directory))
-    _check_target(target, overwrite)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-        _check_target(target, overwrite)
-        _take_place(temporary, target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.parent.is_dir():
-        raise ValueError(f"the folder {target.parent} does not exist; make it first")
-    if not os.path.lexists(target):
-        return
-    if not overwrite:
-        raise ValueError(f"{target} exists; choose another name or allow overwriting")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
-        raise ValueError(f"{target} is not a model folder (no config.json); it is not overwritten")
-
-
-def _take_place(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        temporary.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(aside)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -4,33 +4,32 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from writehead.convert.errors import BadFile, file_size, shown
 from writehead.convert.strict_json import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 64
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+ITEMSIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 
 
 class Entry(NamedTuple):
-    """Where one tensor lies: `begin` and `end` are bytes from the start of the file."""
+    """Where one tensor lies: `begin` and `end` are bytes from the start of the file; the type is one of
+    `ITEMSIZES`."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -92,16 +91,16 @@ def _entry(path: Path, name: str, given: Any) -> Entry:
     if not isinstance(given, dict) or given.keys() != {"dtype", "shape", "data_offsets"}:
         raise BadFile(path, f"{where} is {shown(given)}; expected dtype, shape and data_offsets")
     dtype, shape, offsets = given["dtype"], given["shape"], given["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise BadFile(path, f"{where} has dtype {shown(dtype)}; accepted: {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in ITEMSIZES:
+        raise BadFile(path, f"{where} has dtype {shown(dtype)}; accepted: {', '.join(ITEMSIZES)}")
     if not _sizes(shape) or len(shape) > MAX_RANK:
         raise BadFile(
             path, f"{where} has shape {shown(shape)}; expected at most {MAX_RANK} sizes of 0 or more"
         )
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise BadFile(path, f"{where} has data_offsets {shown(offsets)}; expected [begin, end]")
-    entry = Entry(DTYPES[dtype], tuple(shape), *offsets)
-    needed = prod(shape) * entry.dtype.itemsize
+    entry = Entry(dtype, tuple(shape), *offsets)
+    needed = prod(shape) * ITEMSIZES[dtype]
     if needed != entry.nbytes:
         raise BadFile(
             path, f"{where}: {dtype} {shown(shape)} needs {needed} bytes, data_offsets give {entry.nbytes}"

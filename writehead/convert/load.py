@@ -14,12 +14,15 @@ from writehead.config import ModelConfig
 from writehead.convert import gguf_llama
 from writehead.convert.build import fill
 from writehead.convert.errors import BadFile, shown
-from writehead.convert.files import read_json, read_tensors, whole_or_nothing, write_json, write_tensors
+from writehead.convert.files import read_tensors, write_tensors
 from writehead.convert.gguf import GGUF, open_gguf
 from writehead.convert.huggingface import longest_side, open_huggingface, to_huggingface
-from writehead.convert.packed_files import is_packed, read_packed
+from writehead.convert.packed_files import read_packed
+from writehead.convert.packed_map import is_packed
 from writehead.convert.rules import Checkpoint, Rule, load_weights
+from writehead.convert.strict_json import read_json
 from writehead.convert.tokenizer import Tokenizer
+from writehead.convert.writing import whole_or_nothing, write_json
 from writehead.core.shapes import check_choice
 from writehead.model.blank import blank
 from writehead.model.decoder import Decoder

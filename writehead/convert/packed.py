@@ -10,16 +10,18 @@ from torch import Tensor
 
 from writehead.config import ModelConfig
 from writehead.convert.errors import BadFile
-from writehead.convert.files import whole_or_nothing
 from writehead.convert.gguf_llama import Decoded
 from writehead.convert.load import check_sizes, find, open_checkpoint, read_tokenizer
-from writehead.convert.packed_files import is_packed, read_packed, write_packed
+from writehead.convert.packed_files import read_packed, write_packed
+from writehead.convert.packed_map import is_packed
 from writehead.convert.rules import SAME, Checkpoint, Match, make, match_weights, present, sources
 from writehead.convert.tokenizer import Tokenizer
+from writehead.convert.writing import whole_or_nothing
 from writehead.model.blank import blank
 from writehead.model.parts import weights
 from writehead.native.covers import NotCoveredError, why_not
-from writehead.native.formats import FORMATS, STEPS, Packed, Quantised, held, pack, pack_rows, packed, shapes
+from writehead.native.formats import STEPS, Packed, Quantised, held, pack, pack_rows, packed
+from writehead.native.structs import FORMATS, shapes
 from writehead.native.weights import PackedModel, check_format, format_of, in_turns, is_matrix
 
 Parts: TypeAlias = tuple[str, list[tuple[Tensor, Tensor]]]  # a format, and values with scales

@@ -7,6 +7,7 @@ bytes, as the vectors of the processor like it; safetensors' own writer does not
 import json
 import mmap
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,19 +15,28 @@ from torch import Tensor
 
 from writehead.config import ModelConfig
 from writehead.convert.errors import BadFile, shown
-from writehead.convert.files import read_json, replacing, write_json
-from writehead.convert.header import DTYPES, Entry, read_header
+from writehead.convert.files import DTYPES
+from writehead.convert.header import Entry
+from writehead.convert.packed_map import (
+    CONFIG,
+    FILE,
+    VERSION,
+    format_in,
+    outline_metadata,
+    read_packed_header,
+)
+from writehead.convert.strict_json import read_json
+from writehead.convert.writing import replacing, write_json
 from writehead.core.shapes import check_choice
 from writehead.model.blank import blank
 from writehead.model.parts import weights
-from writehead.native.formats import FORMATS, Packed, shapes
+from writehead.native.covers import cover, why_not
+from writehead.native.formats import Packed
+from writehead.native.structs import FORMATS
 from writehead.native.weights import PackedModel, check_format, in_turns, is_matrix
 
-FILE = "packed.safetensors"
-VERSION = "1"
 ALIGNMENT = 64
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-DATA = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8, "int4": torch.uint8}
 
 
 def write_packed(folder: Path, model: PackedModel) -> None:
@@ -38,7 +48,11 @@ def write_packed(folder: Path, model: PackedModel) -> None:
             tensors[f"{name}.scales"] = matrix.scales
     # what is a multiple of 64 bytes long goes first, so that what follows begins at one
     names = sorted(tensors, key=lambda name: -(tensors[name].nbytes & -tensors[name].nbytes) % ALIGNMENT)
-    header: dict[str, object] = {"__metadata__": {"packed": VERSION, "format": model.format}}
+    write_json(folder / CONFIG, model.config.to_dict())
+    metadata = {"packed": VERSION, "format": model.format}
+    if why_not(model.config) is None:
+        metadata |= outline_metadata(folder, cover(model.config).outline)
+    header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name in names:
         begin, end = end, end + tensors[name].nbytes
@@ -53,12 +67,6 @@ def write_packed(folder: Path, model: PackedModel) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             file.write(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    write_json(folder / "config.json", model.config.to_dict())
-
-
-def is_packed(folder: Path) -> bool:
-    """Does a folder hold a packed model?"""
-    return (folder / FILE).is_file()
 
 
 def read_packed(folder: Path) -> PackedModel:
@@ -68,12 +76,9 @@ def read_packed(folder: Path) -> PackedModel:
         BadFile: files that are missing or broken, or contradict each other.
     """
     path = folder / FILE
-    header = read_header(path)
-    if header.metadata.get("packed") != VERSION:
-        given = shown(header.metadata.get("packed"))
-        raise BadFile(path, f"has packed format version {given}; this writehead reads version {VERSION}")
+    header = read_packed_header(folder)
     try:
-        config = ModelConfig.from_dict(read_json(folder / "config.json"))
+        config = ModelConfig.from_dict(read_json(folder / CONFIG))
         format = header.metadata.get("format", "")
         check_choice("format", format, FORMATS)
         check_format(config, format)
@@ -103,28 +108,21 @@ def _formats(like: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> dict[s
         left -= {name, f"{name}.scales"}
         entry, scales = entries[name], entries.get(f"{name}.scales")
         if is_matrix(name):
-            kinds = [kind for kind in FORMATS if _fits(kind, weight, entry, scales)]
-            if not kinds:
+            kind = format_in(len(weight), weight.shape[1], entry, scales)
+            if kind is None:
                 shapes_found = f"{entry.shape} and {scales and scales.shape}"
                 raise ValueError(
                     f"{name} and its scales have the shapes {shapes_found}; no format of a matrix "
                     f"{tuple(weight.shape)} has these"
                 )
-            found[name] = kinds[0]
-        elif entry.dtype != torch.float32 or entry.shape != weight.shape or scales is not None:
+            found[name] = kind
+        elif entry.dtype != "F32" or entry.shape != weight.shape or scales is not None:
             raise ValueError(
-                f"{name} is {entry.dtype} {entry.shape}; the config asks for float32 {tuple(weight.shape)}"
+                f"{name} is {entry.dtype} {entry.shape}; the config asks for F32 {tuple(weight.shape)}"
             )
     if left:
         raise ValueError(f"{len(left)} tensors belong to no weight, such as {shown(min(left))}")
     return found
-
-
-def _fits(format: str, weight: Tensor, data: Entry, scales: Entry | None) -> bool:
-    wanted, scaled = shapes(format, *weight.shape)
-    if (data.dtype, data.shape) != (DATA[format], wanted):
-        return False
-    return (scales and (scales.dtype, scales.shape)) == (scaled and (torch.float16, scaled))
 
 
 def _mapped(path: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
@@ -136,7 +134,7 @@ def _mapped(path: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
         raise BadFile(path, (error.strerror or "cannot be read").lower()) from error
     return {
         name: torch.frombuffer(
-            data, dtype=one.dtype, count=one.nbytes // one.dtype.itemsize, offset=one.begin
+            data, dtype=DTYPES[one.dtype], count=prod(one.shape), offset=one.begin
         ).reshape(one.shape)
         for name, one in entries.items()
     }

@@ -3,17 +3,19 @@
 import builtins
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers as tk
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from writehead.convert.errors import BadFile, file_size, shown
-from writehead.convert.files import replacing, write_json
-from writehead.convert.gguf import GGUF
 from writehead.convert.spelling import BYTES, Spelling
 from writehead.convert.tokenizer_files import NAMED, chat_template, eos_ids, flag, named_tokens, optional_json
 from writehead.convert.tokenizer_gguf import core_from_gguf, pre_tokenizer, rust_errors, typed
+from writehead.convert.writing import replacing, write_json
+
+if TYPE_CHECKING:
+    from writehead.convert.gguf import GGUF
 
 MAX_TOKENIZER_BYTES = 2**28
 PROBES = ("a", "0", ".", " ", "\n")
@@ -83,7 +85,7 @@ class Tokenizer:
             )
 
     @classmethod
-    def from_gguf(cls, gguf: GGUF) -> "Tokenizer":
+    def from_gguf(cls, gguf: "GGUF") -> "Tokenizer":
         """Build the tokenizer a GGUF file carries.
 
         Raises:
@@ -242,7 +244,7 @@ class Tokenizer:
         raise ValueError("what the tokenizer's post-processor adds to a text cannot be told")
 
 
-def _gguf_id(gguf: GGUF, key: str, core: tk.Tokenizer) -> int | None:
+def _gguf_id(gguf: "GGUF", key: str, core: tk.Tokenizer) -> int | None:
     key = f"tokenizer.ggml.{key}_token_id"
     found = typed(gguf, key, int, None)
     if found is not None and not 0 <= found < core.get_vocab_size():

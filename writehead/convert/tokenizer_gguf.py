@@ -3,15 +3,17 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers as tk
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from writehead.convert.errors import BadFile, shown
-from writehead.convert.gguf import GGUF
 from writehead.convert.spelling import SPACE_MARK
+
+if TYPE_CHECKING:
+    from writehead.convert.gguf import GGUF
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # values of tokenizer.ggml.token_type; 1 is a normal token
 MAX_PIECE_CHARS = 512
@@ -45,7 +47,7 @@ def rust_errors(path: Path, what: str) -> Iterator[None]:
         raise BadFile(path, f"{what}: {shown(str(error), 200)}") from error
 
 
-def typed(gguf: GGUF, key: str, kind: type, otherwise: Any) -> Any:
+def typed(gguf: "GGUF", key: str, kind: type, otherwise: Any) -> Any:
     """A metadata value that must be of one type, or `otherwise` if it is not there."""
     found = gguf.metadata.get(key, otherwise)
     if found is not otherwise and type(found) is not kind:
@@ -53,7 +55,7 @@ def typed(gguf: GGUF, key: str, kind: type, otherwise: Any) -> Any:
     return found
 
 
-def pre_tokenizer(gguf: GGUF) -> str:
+def pre_tokenizer(gguf: "GGUF") -> str:
     """The name of the file's way to cut text into words, one of `SPLITS`."""
     given = typed(gguf, "tokenizer.ggml.pre", str, "default")
     name: str = SAME_AS.get(given, given)
@@ -63,7 +65,7 @@ def pre_tokenizer(gguf: GGUF) -> str:
     return name
 
 
-def core_from_gguf(gguf: GGUF) -> tk.Tokenizer:
+def core_from_gguf(gguf: "GGUF") -> tk.Tokenizer:
     """Build the tokenizer: byte-level BPE ("gpt2") or SentencePiece BPE ("llama").
 
     Raises:
@@ -88,7 +90,7 @@ def core_from_gguf(gguf: GGUF) -> tk.Tokenizer:
     return core
 
 
-def _strings(gguf: GGUF, key: str) -> list[str]:
+def _strings(gguf: "GGUF", key: str) -> list[str]:
     found = gguf.metadata.get(f"tokenizer.ggml.{key}")
     if not isinstance(found, list) or not found or not all(isinstance(item, str) for item in found):
         raise BadFile(
@@ -97,7 +99,7 @@ def _strings(gguf: GGUF, key: str) -> list[str]:
     return found
 
 
-def _numbers(gguf: GGUF, key: str, count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+def _numbers(gguf: "GGUF", key: str, count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
     found = gguf.metadata[f"tokenizer.ggml.{key}"]
     if not isinstance(found, np.ndarray) or len(found) != count:
         raise BadFile(
@@ -106,13 +108,13 @@ def _numbers(gguf: GGUF, key: str, count: int) -> "np.ndarray[tuple[int], np.dty
     return found.astype(np.float64)
 
 
-def _types(gguf: GGUF, count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+def _types(gguf: "GGUF", count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
     if "tokenizer.ggml.token_type" not in gguf.metadata:
         return np.ones(count)
     return _numbers(gguf, "token_type", count)
 
 
-def _merges(gguf: GGUF, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def _merges(gguf: "GGUF", vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     found = []
     for merge in _strings(gguf, "merges"):
         left, _, right = merge.partition(" ")
@@ -122,7 +124,7 @@ def _merges(gguf: GGUF, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     return found
 
 
-def _byte_level(gguf: GGUF, tokens: list[str], vocab: dict[str, int], types: object) -> tk.Tokenizer:
+def _byte_level(gguf: "GGUF", tokens: list[str], vocab: dict[str, int], types: object) -> tk.Tokenizer:
     pre = pre_tokenizer(gguf)
     bpe = models.BPE(vocab, _merges(gguf, vocab), ignore_merges=pre == "llama-bpe")
     core = tk.Tokenizer(bpe)
@@ -137,7 +139,7 @@ def _byte_level(gguf: GGUF, tokens: list[str], vocab: dict[str, int], types: obj
 
 
 def _sentencepiece(
-    gguf: GGUF,
+    gguf: "GGUF",
     tokens: list[str],
     vocab: dict[str, int],
     types: "np.ndarray[tuple[int], np.dtype[np.float64]]",
@@ -166,7 +168,7 @@ def _sentencepiece(
 
 
 def _merges_from_scores(
-    gguf: GGUF, tokens: list[str], types: "np.ndarray[tuple[int], np.dtype[np.float64]]"
+    gguf: "GGUF", tokens: list[str], types: "np.ndarray[tuple[int], np.dtype[np.float64]]"
 ) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, the piece of the best score first (SentencePiece's way)."""
     if "tokenizer.ggml.scores" not in gguf.metadata:

@@ -3,11 +3,13 @@ value."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def check_shape(name: str, tensor: Tensor, expected: str, **sizes: int | None) -> None:
+def check_shape(name: str, tensor: "Tensor", expected: str, **sizes: int | None) -> None:
     """Raise unless `tensor` has the named dimensions.
 
     Args:

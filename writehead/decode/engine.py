@@ -187,17 +187,3 @@ def compiled(model: Model) -> Model:
             if part is not None:
                 part.compile(dynamic=True)
     return twin
-
-
-def check_memory(needed: int, what: str) -> None:
-    """Raise if `needed` bytes are more than this machine can still give.
-
-    Raises:
-        ValueError: saying how much is needed and how much is there.
-    """
-    there = available_memory()
-    if there is not None and needed > there:
-        raise ValueError(
-            f"{what} needs {needed / 2**30:.2f} GiB, and {there / 2**30:.2f} GiB are available: "
-            "shorten the prompt or max_new_tokens, take fewer rows or beams, or store caches in int8"
-        )

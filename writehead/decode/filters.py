@@ -6,21 +6,16 @@ in any batch.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+from writehead.decode.options import Sampling
 
 Floats = NDArray[np.floating[Any]]
 Ids = NDArray[np.intp]
-
-
-def to_numpy(x: Tensor) -> Floats:
-    """The tensor's values, float32 or wider; they share memory where they can."""
-    values: Floats = x.detach().to("cpu", torch.promote_types(x.dtype, torch.float32)).numpy()
-    return values
 
 
 def row_problem(largest: float) -> str:
@@ -83,3 +78,49 @@ def _log_softmax(scores: Floats) -> Floats:
     shifted: Floats = scores - scores.max()
     shifted -= np.log(np.exp(shifted).sum())
     return shifted
+
+
+def kept(b: int, row: Floats, sampling: Sampling) -> tuple[Ids, Floats]:
+    """As `candidates`, of row b of a batch.
+
+    Raises:
+        ValueError: the row holds NaN or +inf or nothing but -inf.
+    """
+    problem = row_problem(row.max())
+    if problem:
+        raise ValueError(f"row {b}: {problem}")
+    return candidates(row, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+
+
+def invert(b: int, logprobs: Floats, generator: np.random.BitGenerator) -> int:
+    """Draw a token of row b by inverting its cumulative distribution, in float64.
+
+    Raises:
+        ValueError: the row's mass is zero, infinite or NaN.
+    """
+    with np.errstate(over="ignore"):  # an infinite total is refused below
+        cumulative = np.exp(logprobs).astype(np.float64).cumsum()
+    total = float(cumulative[-1])
+    if not 0 < total < np.inf:
+        raise ValueError(f"row {b} cannot be drawn from: its probabilities add up to {total:g}")
+    uniform = (generator.random_raw() >> 11) * 2.0**-53  # below 1, so uniform * total is below total
+    return int(cumulative.searchsorted(uniform * total, "right"))
+
+
+def choose(b: int, row: Floats, sampling: Sampling, generator: np.random.BitGenerator) -> int:
+    """Draw the next token of row b from its logits (V,).
+
+    Raises:
+        ValueError: there is nothing to draw from.
+    """
+    ids, logprobs = kept(b, row, sampling)
+    return int(ids[invert(b, logprobs, generator)])
+
+
+def row_generators(seed: int, numbers: Sequence[int]) -> list[np.random.BitGenerator]:
+    """One PCG64 generator per row number, spawned from the seed by NumPy's SeedSequence.
+
+    SeedSequence hashes (seed, number) into 128 bits, so rows and seeds have independent streams, and a
+    stream depends on nothing but its own pair. (torch's CPU generator keeps 32 bits of a seed.)
+    """
+    return [np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(n,))) for n in numbers]

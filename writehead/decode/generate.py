@@ -1,7 +1,6 @@
 """Continue prompts: greedy, sampled, speculative, in ragged batches, token by token or all at once."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,8 +91,7 @@ class Stream(Iterator[Event]):
                 "use num_beams=1, or no callback"
             )
         self.engine: Engine = TorchEngine(model) if isinstance(model, Decoder | Seq2Seq) else model
-        if options.eos_token_id is None and tokenizer is not None:
-            options = replace(options, eos_token_id=tuple(tokenizer.eos))
+        options = options.ending_at(tokenizer)
         self._prompts = prepare(self.engine, prompts, options, tokenizer)
         self._options, self._tokenizer = options, tokenizer
         self.timings = Timings(self.engine.name, weight_bytes=self.engine.weight_bytes())

@@ -1,14 +1,84 @@
 """What a caller may ask of `generate`: one value, checked when it is made, with Hugging Face's names."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from writehead.core.shapes import check_choice
-from writehead.core.slots import Store
-from writehead.decode.sampling import Sampling
+
+if TYPE_CHECKING:
+    from writehead.core.slots import Store
+    from writehead.decode.result import Tokenizer
 
 BEAM_RULES = ("power", "gnmt")
+SMALLEST_TEMPERATURE = 1e-6  # below this, logits divided by the temperature leave the range of float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to choose a token; the default is greedy.
+
+    Args:
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k largest logits, and whatever equals the k-th; 0 keeps all.
+        top_p: keep the smallest set of most probable tokens whose mass reaches top_p; 1 keeps all.
+        min_p: keep tokens at least min_p times as probable as the most probable one; 0 keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens already seen; 1 is none.
+        seed: any integer from 0; None takes a fresh one from the operating system.
+
+    Raises:
+        ValueError: a value outside its range, or a filter that greedy decoding would ignore.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_real("temperature", self.temperature)
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more; nearest is 0")
+        if 0 < self.temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature={self.temperature} is too small to sample with: give 0 (greedy) or at least "
+                f"{SMALLEST_TEMPERATURE}"
+            )
+        if not _is_integer(self.top_k) or self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k!r} must be a whole number of tokens, 0 (off) or more")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            _check_real(name, value)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value} must lie between 0 and 1; nearest is {float(value > 1)}")
+        _check_real("repetition_penalty", self.repetition_penalty)
+        if self.repetition_penalty <= 0:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} must be above 0; 1.0 turns it off"
+            )
+        if self.seed is not None and (not _is_integer(self.seed) or self.seed < 0):
+            raise ValueError(f"seed={self.seed!r} must be a whole number, 0 or more, or None")
+        self._refuse_filters_of_greedy()
+
+    def _refuse_filters_of_greedy(self) -> None:
+        for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+            if self.temperature == 0 and getattr(self, name) != off:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect at temperature=0 (greedy): give a "
+                    f"temperature above 0, such as 1.0, or leave {name} at {off}"
+                )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_real(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +146,7 @@ class Options:
         for stop in self.stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise ValueError(f"stop_strings: {stop!r} is not a string of at least one character")
-        _ = self.sampling, self.store, self.eos  # they check their values
+        _ = self.sampling, self.eos, self.cache_dtype is None or self.store  # they check their values
         self._check_beams()
         if self.num_beams == 1 and self.num_return_sequences > 1 and self.temperature == 0:
             raise ValueError(
@@ -97,6 +167,12 @@ class Options:
             check_choice("option", key, [f.name for f in fields(cls)])
         return replace(options or cls(), **values)
 
+    def ending_at(self, tokenizer: "Tokenizer | None") -> "Options":
+        """With the tokenizer's tokens that end a text, unless these options name some."""
+        if self.eos_token_id is not None or tokenizer is None:
+            return self
+        return replace(self, eos_token_id=tuple(tokenizer.eos))
+
     @property
     def sampling(self) -> Sampling:
         """How to choose a token."""
@@ -110,8 +186,10 @@ class Options:
         )
 
     @property
-    def store(self) -> Store:
+    def store(self) -> "Store":
         """How caches are kept, before the capacity is known."""
+        from writehead.core.slots import Store  # with PyTorch, which `solo` decodes without
+
         return Store(slack=self.prompt_lookup_num_tokens, dtype=self.cache_dtype)
 
     @property

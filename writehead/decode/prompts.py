@@ -1,6 +1,5 @@
 """Prompts on their way into an engine: every check that needs no computation, then one padded batch."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,7 +7,8 @@ import torch
 from torch import Tensor
 
 from writehead.core.slots import Store
-from writehead.decode.engine import Engine, check_memory
+from writehead.decode.engine import Engine
+from writehead.decode.limits import check_context, check_memory, check_prompts, warn_of_length
 from writehead.decode.options import Options
 from writehead.decode.result import Tokenizer
 
@@ -48,14 +48,7 @@ def prepare(
     Raises:
         ValueError: nothing to start from, tokens or positions that do not exist, or caches beyond the memory.
     """
-    if not len(prompts):
-        raise ValueError("no prompts: give at least one list of token ids")
-    if options.stop_strings and tokenizer is None:
-        raise ValueError("stop_strings need a tokenizer, since a string may end in the middle of a token")
-    given = [_checked(n, prompt, engine, tokenizer) for n, prompt in enumerate(prompts)]
-    for token in options.eos:
-        if token >= engine.vocab:
-            raise ValueError(f"eos_token_id {token} is not in the vocabulary of {engine.vocab}")
+    given = check_prompts(engine, prompts, options, tokenizer)
     first = _decoder_start(engine, options)
     longest = max(map(len, given))
     tokens, source = _padded(given), None
@@ -66,27 +59,12 @@ def prepare(
                 f"{engine.source_positions} positions"
             )
         tokens, source = torch.full((len(given), 1), first), tokens
-    _check_context(engine, tokens.shape[1], options.max_new_tokens)
+    check_context(engine, tokens.shape[1], options.max_new_tokens)
     context = tokens.shape[1] + options.max_new_tokens
     store = replace(options.store, capacity=context)
     _check_size(engine, len(given), store, options, 0 if source is None else source.shape[1])
-    _warn_of_length(engine, tokens.shape[1], options.max_new_tokens)
+    warn_of_length(engine, tokens.shape[1], options.max_new_tokens)
     return Prompts(given, tokens, source, store)
-
-
-def _checked(n: int, prompt: Sequence[int], engine: Engine, tokenizer: Tokenizer | None) -> list[int]:
-    if isinstance(prompt, str | bytes | int):
-        raise ValueError(f"prompt {n} must be a list of token ids; got {type(prompt).__name__}")
-    tokens = [int(token) for token in prompt]
-    for token in tokens:
-        if not 0 <= token < engine.vocab:
-            raise ValueError(f"prompt {n}: token {token} is not in the vocabulary (0 to {engine.vocab - 1})")
-    if tokens:
-        return tokens
-    start = None if tokenizer is None else tokenizer.bos
-    if start is None:
-        raise ValueError(f"prompt {n} is empty, and there is no beginning-of-sequence token to start from")
-    return [start]
 
 
 def _decoder_start(engine: Engine, options: Options) -> int:
@@ -101,27 +79,6 @@ def _decoder_start(engine: Engine, options: Options) -> int:
             f"starts from (0 to {engine.vocab - 1}), often the padding token"
         )
     return first
-
-
-def _check_context(engine: Engine, prompt: int, new: int) -> None:
-    # The last new token is never fed back, so it takes no position.
-    needed = prompt + new - 1
-    if engine.positions is not None and needed > engine.positions:
-        room = engine.positions + 1 - prompt
-        fix = f"max_new_tokens can be at most {room}" if room > 0 else "shorten the prompt"
-        raise ValueError(
-            f"a prompt of {prompt} tokens and max_new_tokens={new} need {needed} positions, and this model "
-            f"has {engine.positions}: {fix}"
-        )
-
-
-def _warn_of_length(engine: Engine, prompt: int, new: int) -> None:
-    if engine.trained_context is not None and prompt + new - 1 > engine.trained_context:
-        warnings.warn(
-            f"a prompt of {prompt} tokens and max_new_tokens={new} go beyond the {engine.trained_context} "
-            "tokens that this model was made for; the text may become poor",
-            stacklevel=5,
-        )
 
 
 def _check_size(engine: Engine, prompts: int, store: Store, options: Options, source: int) -> None:

@@ -4,85 +4,16 @@ The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-
 distribution that the one before it left, renormalised.
 """
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from writehead.decode.filters import Floats, candidates, row_problem, to_numpy
-
-SMALLEST_TEMPERATURE = 1e-6  # below this, logits divided by the temperature leave the range of float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to choose a token; the default is greedy.
-
-    Args:
-        temperature: divides the logits; 0 is greedy.
-        top_k: keep the k largest logits, and whatever equals the k-th; 0 keeps all.
-        top_p: keep the smallest set of most probable tokens whose mass reaches top_p; 1 keeps all.
-        min_p: keep tokens at least min_p times as probable as the most probable one; 0 keeps all.
-        repetition_penalty: divides positive and multiplies negative logits of tokens already seen; 1 is none.
-        seed: any integer from 0; None takes a fresh one from the operating system.
-
-    Raises:
-        ValueError: a value outside its range, or a filter that greedy decoding would ignore.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_real("temperature", self.temperature)
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more; nearest is 0")
-        if 0 < self.temperature < SMALLEST_TEMPERATURE:
-            raise ValueError(
-                f"temperature={self.temperature} is too small to sample with: give 0 (greedy) or at least "
-                f"{SMALLEST_TEMPERATURE}"
-            )
-        if not _is_integer(self.top_k) or self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k!r} must be a whole number of tokens, 0 (off) or more")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            _check_real(name, value)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value} must lie between 0 and 1; nearest is {float(value > 1)}")
-        _check_real("repetition_penalty", self.repetition_penalty)
-        if self.repetition_penalty <= 0:
-            raise ValueError(
-                f"repetition_penalty={self.repetition_penalty} must be above 0; 1.0 turns it off"
-            )
-        if self.seed is not None and (not _is_integer(self.seed) or self.seed < 0):
-            raise ValueError(f"seed={self.seed!r} must be a whole number, 0 or more, or None")
-        self._refuse_filters_of_greedy()
-
-    def _refuse_filters_of_greedy(self) -> None:
-        for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
-            if self.temperature == 0 and getattr(self, name) != off:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} has no effect at temperature=0 (greedy): give a "
-                    f"temperature above 0, such as 1.0, or leave {name} at {off}"
-                )
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_real(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be a finite number")
+from writehead.decode.filters import Floats, choose, invert, kept, row_generators, row_problem
+from writehead.decode.options import Sampling
 
 
 @dataclass
@@ -137,13 +68,10 @@ class Rows:
         return Rows(generators, None if self.seen is None else self.seen[list(index)], self.seed)
 
 
-def row_generators(seed: int, numbers: Sequence[int]) -> list[np.random.BitGenerator]:
-    """One PCG64 generator per row number, spawned from the seed by NumPy's SeedSequence.
-
-    SeedSequence hashes (seed, number) into 128 bits, so rows and seeds have independent streams, and a
-    stream depends on nothing but its own pair. (torch's CPU generator keeps 32 bits of a seed.)
-    """
-    return [np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(n,))) for n in numbers]
+def to_numpy(x: Tensor) -> Floats:
+    """The tensor's values, float32 or wider; they share memory where they can."""
+    values: Floats = x.detach().to("cpu", torch.promote_types(x.dtype, torch.float32)).numpy()
+    return values
 
 
 def mark(seen: Tensor, tokens: Tensor) -> None:
@@ -190,16 +118,9 @@ def filtered_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
     rows = to_numpy(logits)
     logprobs = np.full_like(rows, -np.inf)
     for b, row in enumerate(rows):
-        ids, kept = _candidates(b, row, sampling)
-        logprobs[b, ids] = kept
+        ids, left = kept(b, row, sampling)
+        logprobs[b, ids] = left
     return torch.from_numpy(logprobs).to(logits.device)
-
-
-def _candidates(b: int, row: Floats, sampling: Sampling) -> tuple[NDArray[np.intp], Floats]:
-    problem = row_problem(row.max())
-    if problem:
-        raise ValueError(f"row {b}: {problem}")
-    return candidates(row, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
 def greedy(scores: Tensor) -> Tensor:
@@ -225,18 +146,8 @@ def draw(logprobs: Tensor, generators: Sequence[np.random.BitGenerator]) -> Tens
     """
     _check_generators(len(logprobs), generators)
     pairs = zip(to_numpy(logprobs), generators, strict=True)
-    tokens = [_invert(b, *pair) for b, pair in enumerate(pairs)]
+    tokens = [invert(b, *pair) for b, pair in enumerate(pairs)]
     return torch.tensor(tokens, dtype=torch.int64, device=logprobs.device)
-
-
-def _invert(b: int, logprobs: Floats, generator: np.random.BitGenerator) -> int:
-    with np.errstate(over="ignore"):  # an infinite total is refused below
-        cumulative = np.exp(logprobs).astype(np.float64).cumsum()
-    total = float(cumulative[-1])
-    if not 0 < total < np.inf:
-        raise ValueError(f"row {b} cannot be drawn from: its probabilities add up to {total:g}")
-    uniform = (generator.random_raw() >> 11) * 2.0**-53  # below 1, so uniform * total is below total
-    return int(cumulative.searchsorted(uniform * total, "right"))
 
 
 def _check_generators(B: int, generators: Sequence[np.random.BitGenerator]) -> None:
@@ -280,9 +191,7 @@ def pick(logits: Tensor, sampling: Sampling, rows: Rows) -> tuple[Tensor, Tensor
         tokens = greedy(scores)
     else:
         _check_generators(len(logits), rows.generators)
-        chosen = []
-        for b, row in enumerate(to_numpy(scores)):
-            ids, logprobs = _candidates(b, row, sampling)
-            chosen.append(int(ids[_invert(b, logprobs, rows.generators[b])]))
+        pairs = zip(to_numpy(scores), rows.generators, strict=True)
+        chosen = [choose(b, row, sampling, generator) for b, (row, generator) in enumerate(pairs)]
         tokens = torch.tensor(chosen, dtype=torch.int64, device=logits.device)
     return tokens, model.gather(1, tokens[:, None]).squeeze(1)

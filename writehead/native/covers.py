@@ -1,7 +1,7 @@
 """What the native engine covers, and a model's outline as it needs it."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -9,12 +9,13 @@ from writehead.catalog import FEEDFORWARDS, argument
 from writehead.config import ModelConfig
 from writehead.core.norm import RMS
 from writehead.core.pattern import And, Causal, Full, Leading, Or, Pattern, Window
+from writehead.core.slots import Layout, Store
 from writehead.feedforward.dense import Chunked, Dense
 from writehead.mixers.softmax import Softmax
 from writehead.model.blank import blank
-from writehead.native.state import Kept
+from writehead.native.outline import Kept, Layer, Normal, Outline, Rotation
 from writehead.positions.alibi import ALiBi
-from writehead.positions.base import NoPosition, Scheme
+from writehead.positions.base import NoPosition, Scheme, has
 from writehead.positions.learned import Learned
 from writehead.positions.rope import Rotary
 from writehead.positions.sinusoidal import Sinusoidal
@@ -28,76 +29,23 @@ class NotCoveredError(ValueError):
     """A model that the native engine does not run; PyTorch does."""
 
 
-@dataclass(frozen=True)
-class Normal:
-    """A norm: "none", "rms" or "layer", its epsilon and the name of its module."""
+class Covered(NamedTuple):
+    """A model's outline, and its scheme of positions."""
 
-    kind: str
-    eps: float
-    name: str
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer.
-
-    Attributes:
-        name: prefix of its weights.
-        inner: the name of the module whose `inner` and `outer` are the feed-forward layer.
-        norms: before attention, before the feed-forward layer, of query and of key heads.
-        scale: of the scores.
-        window, lead: who reads what; window 0 = all.
-        cache, place: which of the model's caches, and which of its layers.
-        hidden, activation, gated: the feed-forward layer's.
-    """
-
-    name: str
-    inner: str
-    norms: tuple[Normal, Normal, Normal, Normal]
-    scale: float
-    window: int
-    lead: int
-    cache: int
-    place: int
-    hidden: int
-    activation: str
-    gated: bool
-
-
-@dataclass(frozen=True)
-class Outline:
-    """A model as the native engine sees it.
-
-    Attributes:
-        config: the model.
-        layers: all of them.
-        caches: what the layers of each cache have in common.
-        parallel: do feed-forward layers stand beside attention?
-        embed_norm, last_norm: after the embeddings, after the last layer.
-        position: the scheme.
-        piece: tokens a row that one call takes at most; None = any number.
-    """
-
-    config: ModelConfig
-    layers: tuple[Layer, ...]
-    caches: tuple[Kept, ...]
-    parallel: bool
-    embed_norm: Normal
-    last_norm: Normal
+    outline: Outline
     position: Scheme
-    piece: int | None
 
 
 def why_not(config: ModelConfig) -> str | None:
     """Why the native engine does not cover a model, in words; None if it does."""
     try:
-        outline(config)
+        cover(config)
     except NotCoveredError as reason:
         return str(reason)
     return None
 
 
-def outline(config: ModelConfig) -> Outline:
+def cover(config: ModelConfig) -> Covered:
     """The model of a config as the native engine sees it.
 
     Raises:
@@ -135,16 +83,36 @@ def outline(config: ModelConfig) -> Outline:
         _layer(config, i, block, reach, order.index(kept), place)
         for i, (block, reach, (kept, place)) in enumerate(zip(blocks, reaches, places, strict=True))
     ]
-    return Outline(
-        config,
-        tuple(layers),
-        tuple(kept.of(caches[kept]) for kept in order),
-        blocks[0].order == "parallel",
-        _normal(model.embedding.norm, "embedding.norm"),
-        _normal(model.stack.norm, "stack.norm"),
-        position,
-        piece,
+    outline = Outline(
+        vocab=config.vocab,
+        dim=config.dim,
+        tied=config.tie_embeddings,
+        embed_scale=float(config.embed_scale),
+        logit_scale=float(config.logit_scale),
+        layers=tuple(layers),
+        caches=tuple(replace(kept, layers=caches[kept]) for kept in order),
+        parallel=blocks[0].order == "parallel",
+        embed_norm=_normal(model.embedding.norm, "embedding.norm"),
+        last_norm=_normal(model.stack.norm, "stack.norm"),
+        rotation=_rotation(position) if isinstance(position, Rotary) else None,
+        slopes=tuple(map(float, position.slope_list)) if isinstance(position, ALiBi) else (),
+        places=_places(position),
+        positions=position.max_context,
+        trained_context=config.max_context,
+        piece=piece,
     )
+    return Covered(outline, position)
+
+
+def _rotation(position: Rotary) -> Rotation:
+    frequencies = tuple(position.frequencies.tolist())
+    return Rotation(position.rotary_dim, position.pairs == "interleaved", frequencies, float(position.gain))
+
+
+def _places(position: Scheme) -> str:
+    if isinstance(position, Learned):
+        return "table"
+    return "function" if has(position, "embed") else "none"
 
 
 def _layer(config: ModelConfig, i: int, block: Any, reach: tuple[int, int], cache: int, place: int) -> Layer:
@@ -170,7 +138,7 @@ def _layer(config: ModelConfig, i: int, block: Any, reach: tuple[int, int], cach
         name,
         f"{name}.feedforward" + (".dense" if dense is not feed else ""),
         norms,
-        block.mixer.scale,
+        float(block.mixer.scale),
         *reach,
         cache,
         place,
@@ -181,8 +149,9 @@ def _layer(config: ModelConfig, i: int, block: Any, reach: tuple[int, int], cach
 
 
 def _kept(mixer: Softmax, piece: int | None) -> Kept:
-    qkv = mixer.qkv
-    return Kept(0, qkv.heads, qkv.kv_heads, qkv.head_dim, mixer.pattern.reach, piece or 1)
+    qkv, layout = mixer.qkv, Layout.of(mixer.pattern.reach, Store())
+    assert layout.columns is None
+    return Kept(0, qkv.heads, qkv.kv_heads, qkv.head_dim, layout.lead, layout.window, piece or 1)
 
 
 def _reach(mixer: nn.Module, config: ModelConfig, layer: int) -> tuple[int, int]:
@@ -222,8 +191,8 @@ def window_and_lead(pattern: Pattern) -> tuple[int, int] | None:
 
 def _normal(norm: nn.Module | None, name: str) -> Normal:
     if isinstance(norm, RMS):
-        return Normal("rms", norm.eps, name)
+        return Normal("rms", float(norm.eps), name)
     if isinstance(norm, nn.LayerNorm):
-        return Normal("layer", norm.eps, name)
+        return Normal("layer", float(norm.eps), name)
     assert norm is None or isinstance(norm, nn.Identity)
     return Normal("none", 0.0, name)

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from writehead.core.shapes import check_choice
+from writehead.native.structs import FORMATS, GROUP, LANES, shapes
 
-FORMATS = ("float32", "bfloat16", "int8", "int4")  # the order is that of the C enumeration
-LANES, GROUP = 16, 32
 CHUNK_VALUES = 2**19  # weights quantised at once: temporaries stay in the cache
 STEPS = {"int8": 127, "int4": 15}  # of a group's scale, from zero or from its minimum to its largest value
 LEAST_SCALE = 2.0**-20  # below it a float16 has fewer than four bits
@@ -72,7 +71,7 @@ class Packed:
     """A matrix as the native engine reads it.
 
     Attributes:
-        format: one of `FORMATS`.
+        format: one of `structs.FORMATS`.
         n, k: outputs N and inputs K without padding.
         data: float (N/16, K, 16); int8 (N/16, K/4, 16, 4); int4 (N/16, K/32, 4, 16, 4), where byte i of
             vector j holds input 4 j + i of the group in its low half and 16 + 4 j + i in its high half.
@@ -89,16 +88,6 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes of data and scales."""
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
-
-
-def shapes(format: str, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """The shapes of `data` and `scales` for a matrix of n outputs and k inputs."""
-    panels, groups = -(-n // LANES), -(-k // GROUP)
-    if format == "int8":
-        return (panels, groups * GROUP // 4, LANES, 4), (panels, groups, LANES)
-    if format == "int4":
-        return (panels, groups, 4, LANES, 4), (panels, groups, 2, LANES)
-    return (panels, groups * GROUP, LANES), None
 
 
 def pack(weight: Tensor, format: str) -> Packed:

@@ -10,72 +10,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from writehead.core.pattern import Reach
 from writehead.core.slots import Layout, Store, forget
 from writehead.core.state import Node, Once, apply, join, rewind, select, tensors
+from writehead.native.outline import Kept
+from writehead.native.structs import BLOCK, FORMATS, pointer, whole
+from writehead.native.structs import Cache as CacheStruct
 
-BLOCK = 16  # slots whose keys lie side by side
 STORED = {
     None: torch.float32,
     torch.float32: torch.float32,
     torch.bfloat16: torch.bfloat16,
     torch.int8: torch.int8,
 }
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What the layers of one cache have in common.
-
-    Attributes:
-        layers: how many they are, L.
-        heads, kv_heads, head_dim: H, G and D.
-        reach: what later queries need.
-        piece: tokens a row that one call of the kernels takes at most; a ring has that many slots more, less
-            one, so that no token takes the slot of a key that an earlier one of its call still reads.
-    """
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    reach: Reach
-    piece: int
-
-    def of(self, layers: int) -> "Kept":
-        """The same of so many layers."""
-        return replace(self, layers=layers)
-
-    def layout(self, store: Store) -> Layout:
-        """Which slot a position takes."""
-        return Layout.of(self.reach, replace(store, slack=max(store.slack, self.piece - 1)))
-
-    def slots(self, store: Store, context: int) -> int:
-        """Slots once `context` tokens were written, a multiple of `BLOCK`."""
-        return _whole(self.layout(store).slots(context, _whole(store.capacity)))
-
-    def grown(self, cache: "Cache", context: int) -> int:
-        """Slots that a cache needs for `context` tokens."""
-        limit = cache.layout.limit
-        needed = context if limit is None else min(context, limit)
-        return cache.slots if needed <= cache.slots else _whole(cache.layout.slots(needed))
-
-    def nbytes(self, rows: int, store: Store, context: int) -> int:
-        """Bytes of the cache."""
-        values = self.head_dim + _whole(self.head_dim)
-        size = values * stored(store).itemsize + (8 if stored(store) == torch.int8 else 0)
-        return rows * self.slots(store, context) * (self.layers * self.kv_heads * size + 4)
-
-    def empty(self, rows: int, store: Store) -> "Cache":
-        """A cache without tokens."""
-        L, G, D, S = self.layers, self.kv_heads, self.head_dim, self.slots(store, 0)
-        k = torch.zeros(rows, L, G, S // BLOCK, D, BLOCK, dtype=stored(store))
-        v = torch.zeros(rows, L, G, S, _whole(D), dtype=stored(store))
-        scales = None
-        if k.dtype == torch.int8:
-            scales = (torch.zeros(rows, L, G, S), torch.zeros(rows, L, G, S))
-        pos = torch.full((rows, S), -1, dtype=torch.int32)
-        return Cache(k, v, pos, self.layout(store), 0, scales)
 
 
 @dataclass(slots=True, eq=False)
@@ -110,12 +56,12 @@ class Cache(Node):
         return self._with(function, function(self.pos))
 
     def select(self, index: Tensor, once: Once) -> "Cache":
-        blocks = -(-self.used // BLOCK)
+        filled = -(-self.used // BLOCK)
 
         def rows(t: Tensor) -> Tensor:
             chosen, used = (
                 t.new_zeros(len(index), *t.shape[1:]),
-                blocks * (t.shape[3] // (self.slots // BLOCK)),
+                filled * (t.shape[3] // (self.slots // BLOCK)),
             )
             torch.index_select(t.narrow(3, 0, used), 0, index, out=chosen.narrow(3, 0, used))
             return chosen
@@ -140,6 +86,12 @@ class Cache(Node):
         used = self.used if self.layout.window is not None or not self.slots else int(pos.max()) + 1
         return replace(self, pos=pos, used=used)
 
+    def grown(self, context: int) -> "Cache":
+        """The same with slots for so many tokens."""
+        limit = self.layout.limit
+        needed = context if limit is None else min(context, limit)
+        return self if needed <= self.slots else self.resized(whole(self.layout.slots(needed)))
+
     def resized(self, slots: int) -> "Cache":
         """The same with at least so many slots."""
         if slots <= self.slots:
@@ -155,6 +107,21 @@ class Cache(Node):
         pos = self.pos.new_full((len(self.pos), slots), -1)
         pos[:, : self.slots] = self.pos
         return self._with(longer, pos)
+
+    def struct(self, kept: Kept) -> CacheStruct:
+        """What the kernels read and fill."""
+        return CacheStruct(
+            FORMATS.index(str(self.k.dtype).removeprefix("torch.")),
+            kept.layers,
+            kept.heads,
+            kept.kv_heads,
+            kept.head_dim,
+            self.slots,
+            self.layout.lead,
+            0 if self.layout.window is None else self.layout.ring,
+            self.used,
+            *map(pointer, (self.k, self.v, *(self.scales or (None, None)), self.pos)),
+        )
 
     def _with(self, function: Callable[[Tensor], Tensor], pos: Tensor) -> "Cache":
         k, v = function(self.k), function(self.v)
@@ -192,6 +159,24 @@ class NativeState(Node):
         return NativeState(self.next - n, rewind(self.caches, n, once))
 
 
+def empty(kept: Kept, rows: int, store: Store) -> Cache:
+    """A cache without tokens."""
+    S, dtype = _slots(kept, store, 0), stored(store)
+    k, v = (torch.zeros(shape, dtype=dtype) for shape in kept.shapes(rows, S))
+    scales = None
+    if dtype == torch.int8:
+        scales = (torch.zeros(v.shape[:4]), torch.zeros(v.shape[:4]))
+    pos = torch.full((rows, S), -1, dtype=torch.int32)
+    return Cache(k, v, pos, _layout(kept, store), 0, scales)
+
+
+def nbytes(kept: Kept, rows: int, store: Store, context: int) -> int:
+    """Bytes of a cache once `context` tokens were written."""
+    slots = _slots(kept, store, context)
+    scales = 8 * rows * slots * kept.layers * kept.kv_heads if stored(store) == torch.int8 else 0
+    return kept.nbytes(rows, slots, stored(store).itemsize) + scales
+
+
 def stored(store: Store) -> torch.dtype:
     """The type in which the engine keeps keys and values.
 
@@ -206,5 +191,12 @@ def stored(store: Store) -> torch.dtype:
     return STORED[store.dtype]
 
 
-def _whole(slots: int) -> int:
-    return -(-slots // BLOCK) * BLOCK
+def _layout(kept: Kept, store: Store) -> Layout:
+    """Which slot a position takes."""
+    if kept.window is None:
+        return Layout(0, None, 0)
+    return Layout(kept.lead, kept.window, kept.ring(store.slack) - kept.window)
+
+
+def _slots(kept: Kept, store: Store, context: int) -> int:
+    return whole(_layout(kept, store).slots(context, whole(store.capacity)))

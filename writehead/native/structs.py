@@ -1,14 +1,34 @@
-"""The structs of writehead.h, for ctypes."""
+"""The structs of writehead.h, for ctypes, and the shapes of what they point to."""
 
 import ctypes
 from ctypes import POINTER, c_float, c_int32, c_void_p
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from writehead.native.formats import FORMATS, Packed
+    from writehead.native.formats import Packed
 
-NORMS = ("none", "rms", "layer")  # the order of these is that of the C enumerations
+FORMATS = ("float32", "bfloat16", "int8", "int4")  # the order of these is that of the C enumerations
+NORMS = ("none", "rms", "layer")
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "sigmoid")
+LANES, GROUP = 16, 32  # outputs side by side in a packed matrix; inputs that share a scale
+BLOCK = LANES  # slots of a cache whose keys lie side by side
+
+
+def shapes(format: str, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """The shapes of a packed matrix of n outputs and k inputs: its data, its scales."""
+    panels, groups = -(-n // LANES), -(-k // GROUP)
+    if format == "int8":
+        return (panels, groups * GROUP // 4, LANES, 4), (panels, groups, LANES)
+    if format == "int4":
+        return (panels, groups, 4, LANES, 4), (panels, groups, 2, LANES)
+    return (panels, groups * GROUP, LANES), None
+
+
+def whole(count: int) -> int:
+    """A count rounded up to whole vectors of `LANES`, which is whole blocks of slots too."""
+    return -(-count // LANES) * LANES
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -21,7 +41,7 @@ class Matrix(ctypes.Structure):
     _fields_ = [*_fields(c_int32, "format n k"), *_fields(c_void_p, "data scales bias")]
 
     @classmethod
-    def of(cls, packed: Packed, bias: Tensor | None = None) -> "Matrix":
+    def of(cls, packed: "Packed", bias: "Tensor | None" = None) -> "Matrix":
         """A matrix; the tensors must live as long as it is used."""
         scales = None if packed.scales is None else packed.scales.data_ptr()
         return cls(
@@ -80,7 +100,7 @@ class Call(ctypes.Structure):
     ]
 
 
-def pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: "Tensor | None") -> int | None:
     """Where a tensor's numbers are, None for no tensor."""
     if tensor is None:
         return None

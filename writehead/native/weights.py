@@ -12,7 +12,8 @@ from writehead.config import ModelConfig
 from writehead.core.shapes import check_choice
 from writehead.model.decoder import Decoder
 from writehead.model.parts import weights
-from writehead.native.formats import FORMATS, LANES, Packed, pack, padded, unpack
+from writehead.native.formats import Packed, pack, padded, unpack
+from writehead.native.structs import FORMATS, LANES
 
 TABLES = ("embedding.table", "embedding.output")
 MATRIX = re.compile(r"stack\.blocks\.\d+\.(mixer\.(qkv|out)|feedforward\.(dense\.)?(inner|outer))\.weight")

@@ -21,15 +21,10 @@ from torch import Tensor
 
 from writehead.config import ModelConfig
 from writehead.convert.errors import BadFile
-from writehead.convert.files import (
-    read_json,
-    read_tensors,
-    replacing,
-    whole_or_nothing,
-    write_json,
-    write_tensors,
-)
+from writehead.convert.files import read_tensors, write_tensors
+from writehead.convert.strict_json import read_json
 from writehead.convert.tokenizer import Tokenizer
+from writehead.convert.writing import replacing, whole_or_nothing, write_json
 
 NAME = re.compile(r"checkpoint-(\d{8,})")
 LATEST, MANIFEST, TRAINING = "latest", "manifest.json", "training.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from writehead.convert.errors import shown
-from writehead.convert.files import replacing
+from writehead.convert.writing import replacing
 
 PREFIX = "hf:"
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from writehead.convert.files import replacing
+from writehead.convert.writing import replacing
 
 LOG = "log.jsonl"
 

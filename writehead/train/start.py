@@ -11,7 +11,7 @@ import yaml
 
 from writehead.catalog import MIXERS, argument, find, load
 from writehead.config import ModelConfig
-from writehead.convert.files import replacing
+from writehead.convert.writing import replacing
 from writehead.model.blank import KINDS
 from writehead.model.decoder import Decoder
 from writehead.model.pixels import frame_of

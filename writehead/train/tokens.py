@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from writehead.catalog import Spec
-from writehead.convert.files import read_json, replacing, write_json
+from writehead.convert.strict_json import read_json
 from writehead.convert.tokenizer import Tokenizer
+from writehead.convert.writing import replacing, write_json
 from writehead.core.shapes import check_choice
 from writehead.train.corpus import Text
 

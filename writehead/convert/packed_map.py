@@ -1,0 +1,133 @@
+"""The file of a packed model, mapped and checked without PyTorch."""
+
+import hashlib
+import mmap
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from writehead.convert.errors import BadFile, shown
+from writehead.convert.header import Entry, Header, read_header
+from writehead.native.outline import Outline
+from writehead.native.structs import FORMATS, Matrix, shapes
+
+FILE = "packed.safetensors"
+CONFIG = "config.json"
+VERSION = "1"
+DATA = {"float32": "F32", "bfloat16": "BF16", "int8": "U8", "int4": "U8"}
+
+
+def is_packed(folder: Path) -> bool:
+    """Does a folder hold a packed model?"""
+    return (folder / FILE).is_file()
+
+
+def read_packed_header(folder: Path) -> Header:
+    """The header of a folder's packed model.
+
+    Raises:
+        BadFile: it is missing, broken or of another version.
+    """
+    header = read_header(folder / FILE)
+    if header.metadata.get("packed") != VERSION:
+        given = shown(header.metadata.get("packed"))
+        raise BadFile(
+            folder / FILE, f"has packed format version {given}; this writehead reads version {VERSION}"
+        )
+    return header
+
+
+def outline_metadata(folder: Path, outline: Outline) -> dict[str, str]:
+    """What a header says of a model that the kernels run: its outline, and of which config.json."""
+    return {"outline": outline.to_json(), "config": _digest(folder)}
+
+
+def outline_in(folder: Path, header: Header) -> Outline | None:
+    """The outline that a header holds; None if it has none, or one of another config.json than is there.
+
+    Raises:
+        ValueError: something else than an outline.
+    """
+    text = header.metadata.get("outline")
+    if text is None or header.metadata.get("config") != _digest(folder):
+        return None
+    return Outline.from_json(text)
+
+
+def format_in(n: int, k: int, data: Entry, scales: Entry | None) -> str | None:
+    """The format of a matrix of n outputs and k inputs whose data and scales lie like this; None: of none."""
+    for format in FORMATS:
+        wanted, scaled = shapes(format, n, k)
+        there = (data.dtype, data.shape, scales and (scales.dtype, scales.shape))
+        if there == (DATA[format], wanted, scaled and ("F16", scaled)):
+            return format
+    return None
+
+
+class PackedMap:
+    """The weights of a packed model where they lie in its file (see `native.kernels.Weights`)."""
+
+    def __init__(self, folder: Path, header: Header) -> None:
+        """Map the file.
+
+        Raises:
+            BadFile: it cannot be read.
+        """
+        self._entries = header.tensors
+        try:
+            with (folder / FILE).open("rb") as file:
+                self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        except OSError as error:
+            raise BadFile(folder / FILE, (error.strerror or "cannot be read").lower()) from error
+
+    def matrix(self, name: str, n: int, k: int) -> Matrix:
+        """A matrix without its bias.
+
+        Raises:
+            ValueError: there is none of this size.
+        """
+        data, scales = self._entries.get(name), self._entries.get(f"{name}.scales")
+        format = data and format_in(n, k, data, scales)
+        if data is None or format is None:
+            raise ValueError(f"no matrix {name} of {n} x {k}")
+        return Matrix(FORMATS.index(format), n, k, self._address(data), scales and self._address(scales))
+
+    def vector(self, name: str, size: int) -> int | None:
+        """Where a vector lies; None if there is none.
+
+        Raises:
+            ValueError: it has another size.
+        """
+        found = self._entries.get(name)
+        if found is not None and (found.dtype, found.shape) != ("F32", (size,)):
+            raise ValueError(f"{name} is {found.dtype} {found.shape}; the model asks for {size} float32")
+        return found and self._address(found)
+
+    def table(self, name: str, rows: int, width: int) -> NDArray[np.float32]:
+        """The rows of a table of float32.
+
+        Raises:
+            ValueError: there is none of this size.
+        """
+        found = self._entries.get(name)
+        if found is None or (found.dtype, found.shape) != ("F32", (rows, width)):
+            raise ValueError(f"no table {name} of {rows} x {width}")
+        return self._bytes[found.begin : found.end].view(np.float32).reshape(rows, width)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of one weight, its scales with it; 0 if there is none."""
+        there = (self._entries.get(key) for key in (name, f"{name}.scales"))
+        return sum(entry.nbytes for entry in there if entry)
+
+    def _address(self, entry: Entry) -> int:
+        return int(self._bytes.ctypes.data) + entry.begin
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
