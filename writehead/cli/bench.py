@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from writehead.cli import growth, memory_studies, studies
+from writehead.cli.start import start
 
 if TYPE_CHECKING:
     from writehead.bench.decode import Run
@@ -22,6 +23,7 @@ for study in (
     studies.scaling,
     studies.evidence,
     studies.lsh,
+    start,
     growth.crossover,
     growth.features,
     growth.toys,
