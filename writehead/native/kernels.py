@@ -36,12 +36,7 @@ class Kernels:
         instructions: the instruction set of the library.
     """
 
-    def __init__(
-        self,
-        outline: Outline,
-        weights: Weights,
-        threads: int | None = None,
-    ) -> None:
+    def __init__(self, outline: Outline, weights: Weights, threads: int | None = None) -> None:
         """Start the threads.
 
         Args:
