@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from writehead.bench.evidence_longer import longer_page
 from writehead.bench.evidence_pages import by_variant, paired, section, write
 from writehead.bench.experiments import LONGER, Piece, Sources, pieces
 
@@ -98,3 +99,26 @@ def test_the_page_and_its_plots_come_from_the_records_of_the_folder(tmp_path: Pa
     assert "Not measured yet" in text
     assert (tmp_path / "translation.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "lm.png").exists()
+
+
+def test_longer_runs_are_judged_by_their_scores(tmp_path: Path) -> None:
+    def scored(kind: str, bleu: float) -> None:
+        said = {
+            "bleu": bleu,
+            "ln_perplexity": 1.7,
+            "sentences": 1000,
+            "search": "4 beams",
+            "signature": "sig",
+        }
+        (tmp_path / "multi30k").mkdir(exist_ok=True)
+        text = json.dumps(said | {"machine": {"commit": "0123456789abcdef"}})
+        (tmp_path / "multi30k" / f"{kind}.json").write_text(text)
+
+    assert longer_page(tmp_path)[-1] == "Not run yet: `examples/multi30k.sh DATA OUT`."
+    scored("multi-head", 36.5)
+    lines = longer_page(tmp_path)
+    assert "| multi-head | 36.50 | 1.700 | 1000 of test 2016 | 4 beams | 0123456789 |" in lines
+    assert "- At least 33 BLEU: holds (of 1 of 2 so far)." in lines
+    scored("multi-query", 32.9)
+    assert "- At least 33 BLEU: **does not hold**." in longer_page(tmp_path)
+    assert "- BLEU: lower-cased, sacreBLEU `sig`; one seed." in longer_page(tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from writehead.bench.evidence import of
+from writehead.bench.evidence_longer import longer_page
 from writehead.bench.evidence_plots import plot, speed_plot
 from writehead.bench.experiments import ACROSS, LENGTH, LOCAL, LONGER, POSITIONS, WINDOW, Piece
 from writehead.bench.translation_speed import cells_of, read_speed, speed_page
@@ -77,6 +78,8 @@ def write(planned: Sequence[Piece], out: Path, said: Sequence[str]) -> None:
         if found:
             plot(name, by_variant(found), out / f"{name}.png")
             parts += ["", f"![{TITLES[name]}]({name}.png)"]
+        if name == "translation":
+            parts += ["", *longer_page(out)]
     speed = read_speed(out)
     if speed is None:
         parts += ["", "## One write-head: speed", "", "Not measured yet: `writehead bench evidence speed`."]
