@@ -186,6 +186,8 @@ def test_what_cannot_be_fed_or_had_is_named(make: Make, monkeypatch: pytest.Monk
             engine.feed(tokens, engine.empty(4))
     with pytest.raises(ValueError, match="3 more tokens than a state with room for 2 can take"):
         engine.feed([1, 2, 3], engine.empty(2))
+    with pytest.raises(ValueError, match=r"position 40 does not exist: this model has 40 \(0 to 39\)"):
+        engine.feed([1] * 41, engine.empty(50))
     with pytest.raises(ValueError, match=r"this model has 40: max_new_tokens can be at most 38"):
         SoloStream(solo, [1, 2, 3], Options(max_new_tokens=39))
     with pytest.raises(ValueError, match=r"token 300 is not in the vocabulary"):

@@ -172,7 +172,7 @@ class Outline:
         counts += [limit for limit in (self.positions, self.trained_context) if limit is not None]
         for kept in self.caches:
             counts += [kept.layers, kept.heads, kept.kv_heads, kept.head_dim, kept.piece, kept.lead + 1]
-            counts += [1 if kept.window is None else kept.window]
+            counts += [kept.lead + kept.ring() + 1, 1 if kept.window is None else kept.window]
             _sound(kept.heads % max(1, kept.kv_heads) == 0, "heads")
         taken = set()
         for layer in self.layers:

@@ -96,8 +96,11 @@ class SoloEngine:
         given = np.array(tokens, np.int64)
         if not len(given) or given.min() < 0 or given.max() >= self.vocab:
             raise ValueError(f"tokens must be 1 or more of 0 to {self.vocab - 1}; got {list(tokens)}")
-        if int(state.next[0]) + len(given) > state.room:
+        top, there = int(state.next[0]) + len(given), self.positions
+        if top > state.room:
             raise ValueError(f"{len(given)} more tokens than a state with room for {state.room} can take")
+        if there is not None and top > there:
+            raise ValueError(f"position {top - 1} does not exist: this model has {there} (0 to {there - 1})")
         step = min(PREFILL_TOKENS, self.outline.piece or PREFILL_TOKENS)
         logits = np.empty((1, structs.whole(self.vocab)), np.float32)
         for first in range(0, len(given), step):
