@@ -7,7 +7,8 @@ import torch
 
 from writehead.config import ModelConfig
 from writehead.convert.build import fill
-from writehead.convert.load import find, load
+from writehead.convert.find import find
+from writehead.convert.load import load
 from writehead.convert.packed import load_packed
 from writehead.convert.packed_map import is_packed
 from writehead.convert.tokenizer import Tokenizer

@@ -8,30 +8,33 @@ folder that is not quite as expected, is for `engines.open_engine`.
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from writehead.convert.find import find
 from writehead.convert.packed_map import PackedMap, is_packed, outline_in, read_packed_header
 from writehead.convert.tokenizer import Tokenizer
 from writehead.decode.filters import Floats, choose, row_generators, row_problem
-from writehead.decode.limits import check_context, check_memory, check_prompts, warn_of_length
+from writehead.decode.limits import check_context, check_prompts, check_room, warn_of_length
 from writehead.decode.options import Options
 from writehead.decode.result import Event, Generation, Timings, Track
 from writehead.native.library import library
 from writehead.native.outline import TABLE
 from writehead.native.solo import SoloEngine
+from writehead.native.structs import FORMATS
 
-PLAIN = (
-    "min_new_tokens",
-    "repetition_penalty",
-    "num_return_sequences",
-    "num_beams",
-    "prompt_lookup_num_tokens",
-    "cache_dtype",
-    "decoder_start_token_id",
-)
+HONOURED = {
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "eos_token_id",
+    "stop_strings",
+}
 
 
 @dataclass(frozen=True)
@@ -56,36 +59,40 @@ class Solo:
 
 
 def plain(options: Options) -> bool:
-    """Is this one text, greedy or sampled, with nothing else that needs PyTorch?"""
+    """Is nothing asked for that needs PyTorch?"""
     usual = Options()
-    return all(getattr(options, name) == getattr(usual, name) for name in PLAIN)
+    others = (field.name for field in fields(Options) if field.name not in HONOURED)
+    return all(getattr(options, name) == getattr(usual, name) for name in others)
 
 
 def open_solo(name: str | Path, *, dtype: str | None = None, threads: int | None = None) -> Solo | None:
     """Open a folder of `save_packed`; None if it is anything else, or broken, which `open_engine` explains.
 
     Args:
-        name: of the folder.
+        name: of the folder, as for `load`.
         dtype: None, or the format that it must have.
         threads: that compute; default the physical cores that this process may use.
     """
-    folder = Path(name)
-    if not is_packed(folder) or library()[0] is None:
-        return None
     try:
+        folder = find(name)
+        if not is_packed(folder) or library()[0] is None:
+            return None
         header = read_packed_header(folder)
-        outline, format = outline_in(folder, header), header.metadata.get("format", "")
-        if outline is None or outline.places == "function" or dtype not in (None, format):
+        outline, format = outline_in(folder, header), header.metadata.get("format")
+        if outline is None or outline.places == "function" or format not in FORMATS:
+            return None
+        if dtype not in (None, format):
             return None
         weights = PackedMap(folder, header)
-        table = (
-            weights.table(TABLE, outline.positions or 0, outline.dim) if outline.places == "table" else None
-        )
+        rows = (TABLE, outline.positions or 0, outline.dim)
+        table = weights.table(*rows) if outline.places == "table" else None
         engine = SoloEngine(outline, weights, table, threads)
+        weights.check_all_used()
         tokenizer = Tokenizer.from_directory(folder) if (folder / "tokenizer.json").is_file() else None
     except (ValueError, OSError, RecursionError):
         return None
-    why = f"{engine.instructions}, {format}, {engine.threads} thread{'s' * (engine.threads > 1)}"
+    count = f"{engine.threads} thread{'s' * (engine.threads > 1)}"
+    why = f"{engine.instructions}, {format}, {count}, without PyTorch"
     looked_up = [TABLE] if outline.tied else [TABLE, "embedding.table"]
     read = weights.nbytes - sum(map(weights.bytes_of, looked_up))
     return Solo(engine, tokenizer, folder, format, why, read)
@@ -109,8 +116,7 @@ class SoloStream(Iterator[Event]):
         (self._prompt,) = check_prompts(engine, [prompt], options, solo.tokenizer)
         length, new = len(self._prompt), options.max_new_tokens
         check_context(engine, length, new)
-        logits = 4 * 4 * engine.vocab
-        check_memory(engine.state_bytes(length + new) + logits, f"decoding 1 rows of {length + new} tokens")
+        check_room(engine.state_bytes(length + new), 1, length + new, engine.vocab)
         warn_of_length(engine, length, new)
         self._engine, self._options, self._room = engine, options, length + new
         self._track = Track(0, 0, options, solo.tokenizer, False)
@@ -122,8 +128,7 @@ class SoloStream(Iterator[Event]):
         return next(self._events)
 
     def _decode(self) -> Iterator[Event]:
-        t, options, clock = self.timings, self._options, time.perf_counter()
-        sampling = options.sampling
+        t, sampling, clock = self.timings, self._options.sampling, time.perf_counter()
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         (generator,) = row_generators(seed, [0])
         logits, state = self._engine.feed(self._prompt, self._engine.empty(self._room))
@@ -132,7 +137,7 @@ class SoloStream(Iterator[Event]):
             token = choose(0, logits, sampling, generator)
             event = self._track.accept(token, float(logits[token] - normaliser))
             seconds = time.perf_counter() - clock
-            if t.prefill_seconds:
+            if t.decode_steps:
                 t.decode_seconds, t.decode_tokens = t.decode_seconds + seconds, t.decode_tokens + 1
             else:
                 t.prefill_seconds = seconds

@@ -1,13 +1,15 @@
 """The page of the evidence says what is missing, and claims only what its records show."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from writehead.bench.evidence_claims import BLEU, PERPLEXITY, paired
 from writehead.bench.evidence_longer import longer_page
-from writehead.bench.evidence_pages import by_variant, paired, section, write
+from writehead.bench.evidence_pages import by_variant, section, write
 from writehead.bench.experiments import LONGER, Piece, Sources, pieces
 
 DATA = Sources({"train": ["stdlib"]}, {"train": ["a.tsv"], "valid": ["b.tsv"]}, "c.tsv")
@@ -30,8 +32,11 @@ def translated(bleu: dict[str, float], seeds: int = 1) -> tuple[list[Piece], lis
 def test_a_partial_page_names_the_runs_that_are_missing() -> None:
     text = "\n".join(section("translation", *translated({"multi-head": 30.0, "1 head": 29.0})))
     assert "**2 of 18 runs are done.** Missing: multi-head (seed 1); multi-query; multi-head local" in text
-    assert "| multi-head | 8 x 16 | 512 | 1,234 | 1 | 2.000 | 20.00 | 30.00 | 1.424 | 26.7 | 28.4 |" in text
-    assert "| multi-query | 8 x 16, 1 shared | 680 |  | 0 |  |  |  | 1.439 | 26.5 | 28.5 |" in text
+    assert (
+        "| multi-head | 8 x 16 | 512 | 1,234 | 1 | 2.000 | 20.00 | 30.00 | 1.424 | 26.7 | 27.7 / 28.4 |"
+        in text
+    )
+    assert "| multi-query | 8 x 16, 1 shared | 680 |  | 0 |  |  |  | 1.439 | 26.5 | 27.5 / 28.5 |" in text
     assert "Multi-query against" not in text
 
 
@@ -57,7 +62,7 @@ def test_a_shrunk_baseline_that_is_not_beaten_is_shown() -> None:
 def test_where_sharing_costs_is_told_beside_multi_query() -> None:
     planned, found = translated({"multi-query": 29.0, "multi-query, all heads across": 29.7})
     text = "\n".join(section("translation", planned, found))
-    assert "source: +0.70 BLEU, +0.00 % perplexity over multi-query." in text
+    assert "source, against multi-query (plus is better): +0.70 BLEU, +0.00 % perplexity." in text
     assert "| 29.70 |  |  |  |" in text
 
 
@@ -65,9 +70,14 @@ def test_only_seeds_that_both_have_are_compared() -> None:
     _, some = translated({"multi-query": 29.0}, seeds=2)
     _, other = translated({"multi-head": 28.0})
     rows = by_variant([*some, *other])
-    score = lambda r: r["results"]["BLEU beam 4"]  # noqa: E731
-    assert paired(rows, "multi-query", "multi-head", score) == (1.0, 1)
-    assert paired(rows, "multi-query", "1 head", score) is None
+    assert paired(rows, "multi-query", "multi-head", BLEU) == (1.0, 1)
+    assert paired(rows, "multi-query", "1 head", BLEU) is None
+
+
+def test_logarithms_of_perplexities_differ_by_per_cent_of_the_perplexity() -> None:
+    assert PERPLEXITY.better(math.log(98.0), math.log(100.0)) == pytest.approx(2)
+    assert PERPLEXITY.better(math.log(110.0), math.log(100.0)) == pytest.approx(-10)
+    assert PERPLEXITY.verdict(-2.1).endswith("**does not hold**.")
 
 
 def test_a_mean_has_its_spread() -> None:
@@ -121,4 +131,6 @@ def test_longer_runs_are_judged_by_their_scores(tmp_path: Path) -> None:
     assert "- At least 33 BLEU: holds (of 1 of 2 so far)." in lines
     scored("multi-query", 32.9)
     assert "- At least 33 BLEU: **does not hold**." in longer_page(tmp_path)
+    compared = "- Multi-query against multi-head (plus is better): -3.60 BLEU, +0.00 % perplexity. "
+    assert f"{compared}Within 0.6 BLEU: **does not hold**." in longer_page(tmp_path)
     assert "- BLEU: lower-cased, sacreBLEU `sig`; one seed." in longer_page(tmp_path)

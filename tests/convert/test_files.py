@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from writehead.convert.errors import BadFile
-from writehead.convert.files import read_tensors, write_tensors
+from writehead.convert.files import DTYPES, read_tensors, write_tensors
+from writehead.convert.header import ITEMSIZES
 from writehead.convert.strict_json import read_json
 from writehead.convert.writing import whole_or_nothing, write_json
 
@@ -372,3 +373,7 @@ def test_a_swap_that_fails_half_way_puts_the_old_folder_back(tmp_path, monkeypat
         replace_folder(target)
     assert names_in(tmp_path) == ["model"]
     assert read_json(target / "config.json") == {"version": 1}
+
+
+def test_every_type_of_a_header_is_as_wide_as_its_tensors() -> None:
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEMSIZES

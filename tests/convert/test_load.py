@@ -22,9 +22,10 @@ from torch import Tensor
 from writehead.config import ModelConfig
 from writehead.convert import gguf_llama
 from writehead.convert.errors import BadFile
+from writehead.convert.find import PACKAGES, find
 from writehead.convert.gguf import open_gguf
 from writehead.convert.huggingface import read_config
-from writehead.convert.load import PACKAGES, Loaded, find, load, save
+from writehead.convert.load import Loaded, load, save
 from writehead.convert.rules import GROUPED, HALVES, PLUS_ONE, QKV_ROWS, SAME, TRANSPOSED, Heads, save_weights
 from writehead.convert.tokenizer import Tokenizer
 from writehead.decode.generate import generate

@@ -1,15 +1,16 @@
 """The page of the evidence: what was run, what is missing, our figures beside the papers', from records."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import exp
 from pathlib import Path
 from typing import Any
 
 from writehead.bench.evidence import of
+from writehead.bench.evidence_claims import CLAIMS
 from writehead.bench.evidence_longer import longer_page
 from writehead.bench.evidence_plots import plot, speed_plot
-from writehead.bench.experiments import ACROSS, LENGTH, LOCAL, LONGER, POSITIONS, WINDOW, Piece
+from writehead.bench.experiments import LENGTH, LOCAL, LONGER, WINDOW, Piece
 from writehead.bench.translation_speed import cells_of, read_speed, speed_page
 from writehead.convert.writing import replacing
 
@@ -28,16 +29,16 @@ ASKED = {
     "alibi": "Press, Smith, Lewis 2021 (arXiv:2108.12409): with ALiBi a model trained on short rows reads "
     "longer ones without loss; with sinusoidal positions it does not.",
 }
-# translation: newstest2013, newstest2013 greedy, newstest2014; lm: Billion-Word
+# translation: newstest2013 (dev) and newstest2014 (test); lm: Billion-Word
 PAPER: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "translation": {
-        "": ("ln PPL", "BLEU greedy", "BLEU beam 4"),
-        "multi-head": ("1.424", "26.7", "28.4"),
-        "multi-query": ("1.439", "26.5", "28.5"),
-        "multi-head local": ("1.427", "26.6", "28.3"),
-        "multi-query local": ("1.437", "26.5", "28.2"),
+        "": ("ln PPL of dev", "BLEU of dev", "BLEU of test, greedy / beam 4"),
+        "multi-head": ("1.424", "26.7", "27.7 / 28.4"),
+        "multi-query": ("1.439", "26.5", "27.5 / 28.5"),
+        "multi-head local": ("1.427", "26.6", "27.5 / 28.3"),
+        "multi-query local": ("1.437", "26.5", "27.6 / 28.2"),
         "1 head": ("1.518", "25.8", ""),
-        "2 heads": ("1.480", "26.2", "27.9"),
+        "2 heads": ("1.480", "26.2", "26.8 / 27.9"),
         "4 heads": ("1.488", "26.1", ""),
         "8 thin heads": ("1.513", "25.8", ""),
     },
@@ -51,7 +52,6 @@ PAPER: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "8 thin heads": ("30.9",),
     },
 }
-SHRUNK = ("1 head", "2 heads", "4 heads", "8 thin heads")
 
 
 def write(planned: Sequence[Piece], out: Path, said: Sequence[str]) -> None:
@@ -65,9 +65,10 @@ def write(planned: Sequence[Piece], out: Path, said: Sequence[str]) -> None:
     parts = [
         "# Evidence",
         "",
-        "Written by `make evidence` (`writehead bench evidence`) from `results.jsonl`: our own small runs, "
-        "the papers' figures beside them. The scales differ by orders of magnitude, so only differences "
-        "between the lines of a table compare. ± is the standard deviation over seeds.",
+        "Written by `make evidence` (`writehead bench evidence`) from `results.jsonl`, `multi30k/*.json` and "
+        "`speed.json`: our own small runs, the papers' figures beside them. The scales differ by orders of "
+        "magnitude, so only differences between the lines of a table compare. ± is the standard deviation "
+        "over seeds.",
     ]
     if (out / NOTES).exists():
         parts += ["", f"[What we make of them]({NOTES})."]
@@ -160,90 +161,6 @@ def _mean(values: Sequence[float], digits: int = 3) -> str:
     digits = digits if digits < 3 or max(values) < 10 else 2
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-
-def paired(rows: Rows, a: str, b: str, score: Callable[[Record], float]) -> tuple[float, int] | None:
-    """The mean of a's score less b's over the seeds that both have, and how many; None without any."""
-    scores = [{r["piece"][2]: score(r) for r in rows.get(variant, ())} for variant in (a, b)]
-    seeds = scores[0].keys() & scores[1].keys()
-    if not seeds:
-        return None
-    return statistics.fmean(scores[0][seed] - scores[1][seed] for seed in seeds), len(seeds)
-
-
-def _seeds(count: int) -> str:
-    return f"{count} paired seeds" if count > 1 else "one seed"
-
-
-def _sharing(rows: Rows, score: Callable[[Record], float], unit: str, within: float) -> list[str]:
-    """What head sharing cost against all heads, and gained against shrunk ones; higher scores are better."""
-    claims = []
-    versus = paired(rows, "multi-query", "multi-head", score)
-    if versus is not None:
-        difference, seeds = versus
-        verdict = "holds" if difference >= -within else "**does not hold**"
-        claims.append(
-            f"Multi-query against multi-head (plus is better): {difference:+.2f} {unit} "
-            f"(mean of {_seeds(seeds)}). Within {within:g} {unit}: {verdict}."
-        )
-    beaten = {name: paired(rows, "multi-query", name, score) for name in SHRUNK}
-    known = {name: value for name, value in beaten.items() if value is not None}
-    if known:
-        words = ", ".join(f"{name} {value[0]:+.2f}" for name, value in known.items())
-        ahead = all(value[0] > 0 for value in known.values())
-        verdict = "holds" if ahead else "**does not hold**"
-        some = "" if len(known) == len(SHRUNK) else f" (of {len(known)} of {len(SHRUNK)} so far)"
-        claims.append(
-            f"Multi-query against shrunk baselines in {unit} (plus is better): {words}. "
-            f"Ahead of every one: {verdict}{some}."
-        )
-    return claims
-
-
-def _score(column: str, factor: float = 1) -> Callable[[Record], float]:
-    """A result of a run, in the unit that claims are made in."""
-    return lambda record: factor * float(record["results"][column])
-
-
-def _translation_claims(rows: Rows) -> list[str]:
-    bleu, perplexity = _score("BLEU beam 4"), _score("ln PPL", -100)
-    claims = _sharing(rows, bleu, "BLEU", 0.6) + _sharing(rows, perplexity, "% perplexity", 2)
-    for name, base in ACROSS.items():
-        gained = [paired(rows, name, base, score) for score in (bleu, perplexity)]
-        words = [f"{g[0]:+.2f} {unit}" for g, unit in zip(gained, ("BLEU", "% perplexity"), strict=True) if g]
-        if words:
-            claims.append(f"All heads where the decoder reads its source: {', '.join(words)} over {base}.")
-    first = next(iter(rows.values()))[0]
-    return [*claims, f"BLEU: sacreBLEU `{first['signature']}`, {first['scored']} sentences of test 2016."]
-
-
-def _lm_claims(rows: Rows) -> list[str]:
-    return _sharing(rows, _score("nats", -100), "% perplexity", 2)
-
-
-def _alibi_claims(rows: Rows) -> list[str]:
-    """Does perplexity stay at 8 times the training length?"""
-    claims = []
-    for protocol in ("apart", "sliding"):
-        for name in POSITIONS:
-            if own := rows.get(name):
-                short, long = (
-                    statistics.fmean(r["results"][f"{protocol} {LENGTH * times}"] for r in own)
-                    for times in (1, 8)
-                )
-                word = "flat or falling" if long - short < 0.01 else "**rising**"
-                claims.append(
-                    f"{name}, {protocol}: perplexity at {8 * LENGTH} is {exp(long - short):.2f} times "
-                    f"that at {LENGTH}: {word}."
-                )
-    return claims
-
-
-CLAIMS: Mapping[str, Callable[[Rows], list[str]]] = {
-    "translation": _translation_claims,
-    "lm": _lm_claims,
-    "alibi": _alibi_claims,
-}
 
 
 def _setting(name: str, planned: Sequence[Piece]) -> str:

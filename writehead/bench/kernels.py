@@ -146,7 +146,7 @@ def _native(
 ) -> tuple[Product, int, int]:
     first = pack(weight, format)
     kept = [first] + [_copy(first) for _ in range(working_set // first.nbytes)]
-    matrices = [_matrix(each) for each in kept]
+    matrices = [Matrix.of(each) for each in kept]
 
     def product(x: Tensor, i: int) -> Tensor:
         y = torch.empty(len(x), first.n)
@@ -161,11 +161,6 @@ def _native(
 def _copy(packed: Packed) -> Packed:
     scales = None if packed.scales is None else packed.scales.clone()
     return Packed(packed.format, packed.n, packed.k, packed.data.clone(), scales)
-
-
-def _matrix(packed: Packed) -> Matrix:
-    scales = None if packed.scales is None else packed.scales.data_ptr()
-    return Matrix(FORMATS.index(packed.format), packed.n, packed.k, packed.data.data_ptr(), scales, None)
 
 
 def _linear(weight: Tensor, working_set: int) -> tuple[Product, int, int]:

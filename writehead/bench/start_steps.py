@@ -13,29 +13,29 @@ from importlib import import_module
 def steps(folder: str, prompt: str, way: str) -> Iterator[str]:
     """Do what the command does, and name each part when it is done."""
     yield "Python"
-    from writehead.decode.options import Options
-
-    options = Options(max_new_tokens=1)
     if way == "torch":
         import_module("torch")
         yield "PyTorch"
         from writehead.decode.generate import stream
+        from writehead.decode.options import Options
         from writehead.engines import open_engine
 
         yield "our modules"
         there = open_engine(folder)
         assert there.tokenizer is not None
         yield "model and tokenizer"
-        next(stream(there.engine, [there.tokenizer.encode(prompt)], options, tokenizer=there.tokenizer))
+        ids = there.tokenizer.encode(prompt)
+        next(stream(there.engine, [ids], Options(max_new_tokens=1), tokenizer=there.tokenizer))
     else:
+        from writehead.decode.options import Options
         from writehead.solo import SoloStream, open_solo
 
         yield "our modules"
         solo = open_solo(folder)
         if solo is None or solo.tokenizer is None:
-            raise SystemExit(f"{folder} holds no packed model with a tokenizer")
+            raise SystemExit(f"{folder}: no packed model with tokenizer and outline; convert it again")
         yield "model and tokenizer"
-        next(SoloStream(solo, solo.tokenizer.encode(prompt), options))
+        next(SoloStream(solo, solo.tokenizer.encode(prompt), Options(max_new_tokens=1)))
     yield "prompt and first token"
 
 

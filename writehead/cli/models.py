@@ -17,9 +17,9 @@ def config_of(name: str) -> "ModelConfig":
     Raises:
         ValueError: no such model, or a file that does not describe one; the message names it.
     """
+    from writehead.convert.find import find
     from writehead.convert.gguf import open_gguf
     from writehead.convert.gguf_llama import read_config
-    from writehead.convert.load import find
     from writehead.convert.strict_json import read_json
     from writehead.presets import PRESETS
 

@@ -20,12 +20,13 @@ def start(
     from writehead.bench.measure import jsonable, write_record
     from writehead.bench.start import PROMPT, measure
     from writehead.cli.output import console, print_json, say, table
+    from writehead.convert.find import find
     from writehead.convert.packed import load_packed, save_packed
     from writehead.convert.packed_map import is_packed
 
     text = PROMPT if prompt is None else prompt
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(model)
+        folder = find(model)
         if not is_packed(folder):
             say("packing")
             folder = Path(temporary) / "packed"

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from writehead.config import ModelConfig
 from writehead.convert.errors import BadFile
+from writehead.convert.find import find
 from writehead.convert.gguf_llama import Decoded
-from writehead.convert.load import check_sizes, find, open_checkpoint, read_tokenizer
+from writehead.convert.load import check_sizes, open_checkpoint, read_tokenizer
 from writehead.convert.packed_files import read_packed, write_packed
 from writehead.convert.packed_map import is_packed
 from writehead.convert.rules import SAME, Checkpoint, Match, make, match_weights, present, sources

@@ -7,6 +7,7 @@ bytes, as the vectors of the processor like it; safetensors' own writer does not
 import json
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from writehead.convert.writing import replacing, write_json
 from writehead.core.shapes import check_choice
 from writehead.model.blank import blank
 from writehead.model.parts import weights
-from writehead.native.covers import cover, why_not
+from writehead.native.covers import NotCoveredError, cover
 from writehead.native.formats import Packed
 from writehead.native.structs import FORMATS
 from writehead.native.weights import PackedModel, check_format, in_turns, is_matrix
@@ -50,8 +51,8 @@ def write_packed(folder: Path, model: PackedModel) -> None:
     names = sorted(tensors, key=lambda name: -(tensors[name].nbytes & -tensors[name].nbytes) % ALIGNMENT)
     write_json(folder / CONFIG, model.config.to_dict())
     metadata = {"packed": VERSION, "format": model.format}
-    if why_not(model.config) is None:
-        metadata |= outline_metadata(folder, cover(model.config).outline)
+    with suppress(NotCoveredError):
+        metadata |= outline_metadata(folder, cover(model.config).outline, len(tensors))
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name in names:

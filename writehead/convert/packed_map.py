@@ -1,14 +1,16 @@
 """The file of a packed model, mapped and checked without PyTorch."""
 
 import hashlib
+import json
 import mmap
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from writehead.convert.errors import BadFile, shown
-from writehead.convert.header import Entry, Header, read_header
+from writehead.convert.errors import BadFile, file_size, shown
+from writehead.convert.header import ITEMSIZES, Entry, Header, read_header
+from writehead.convert.strict_json import MAX_JSON_BYTES, parse_json
 from writehead.native.outline import Outline
 from writehead.native.structs import FORMATS, Matrix, shapes
 
@@ -38,21 +40,22 @@ def read_packed_header(folder: Path) -> Header:
     return header
 
 
-def outline_metadata(folder: Path, outline: Outline) -> dict[str, str]:
-    """What a header says of a model that the kernels run: its outline, and of which config.json."""
-    return {"outline": outline.to_json(), "config": _digest(folder)}
+def outline_metadata(folder: Path, outline: Outline, tensors: int) -> dict[str, str]:
+    """What a header says of a model that the kernels run: its outline, and for which files it holds."""
+    text = json.dumps(outline.to_dict(), separators=(",", ":"))
+    return {"outline": text, "config": _digest(folder), "tensors": str(tensors)}
 
 
 def outline_in(folder: Path, header: Header) -> Outline | None:
-    """The outline that a header holds; None if it has none, or one of another config.json than is there.
+    """The outline that a header holds; None if it has none, or one of other files than are there.
 
     Raises:
         ValueError: something else than an outline.
     """
-    text = header.metadata.get("outline")
-    if text is None or header.metadata.get("config") != _digest(folder):
+    said = header.metadata
+    if (said.get("config"), said.get("tensors")) != (_digest(folder), str(len(header.tensors))):
         return None
-    return Outline.from_json(text)
+    return Outline.from_dict(parse_json(said.get("outline", "").encode(), folder / FILE, "the outline"))
 
 
 def format_in(n: int, k: int, data: Entry, scales: Entry | None) -> str | None:
@@ -74,7 +77,7 @@ class PackedMap:
         Raises:
             BadFile: it cannot be read.
         """
-        self._entries = header.tensors
+        self._entries, self._left = header.tensors, set(header.tensors)
         try:
             with (folder / FILE).open("rb") as file:
                 self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
@@ -91,7 +94,8 @@ class PackedMap:
         format = data and format_in(n, k, data, scales)
         if data is None or format is None:
             raise ValueError(f"no matrix {name} of {n} x {k}")
-        return Matrix(FORMATS.index(format), n, k, self._address(data), scales and self._address(scales))
+        where = self._address(name, data)
+        return Matrix(FORMATS.index(format), n, k, where, scales and self._address(f"{name}.scales", scales))
 
     def vector(self, name: str, size: int) -> int | None:
         """Where a vector lies; None if there is none.
@@ -102,7 +106,7 @@ class PackedMap:
         found = self._entries.get(name)
         if found is not None and (found.dtype, found.shape) != ("F32", (size,)):
             raise ValueError(f"{name} is {found.dtype} {found.shape}; the model asks for {size} float32")
-        return found and self._address(found)
+        return found and self._address(name, found)
 
     def table(self, name: str, rows: int, width: int) -> NDArray[np.float32]:
         """The rows of a table of float32.
@@ -113,7 +117,19 @@ class PackedMap:
         found = self._entries.get(name)
         if found is None or (found.dtype, found.shape) != ("F32", (rows, width)):
             raise ValueError(f"no table {name} of {rows} x {width}")
-        return self._bytes[found.begin : found.end].view(np.float32).reshape(rows, width)
+        first = self._address(name, found) - int(self._bytes.ctypes.data)
+        return self._bytes[first : found.end].view(np.float32).reshape(rows, width)
+
+    def check_all_used(self) -> None:
+        """Raise if a tensor was asked for by nobody.
+
+        Raises:
+            ValueError: naming one.
+        """
+        if self._left:
+            raise ValueError(
+                f"{len(self._left)} tensors belong to no weight, such as {shown(min(self._left))}"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -125,9 +141,15 @@ class PackedMap:
         there = (self._entries.get(key) for key in (name, f"{name}.scales"))
         return sum(entry.nbytes for entry in there if entry)
 
-    def _address(self, entry: Entry) -> int:
+    def _address(self, name: str, entry: Entry) -> int:
+        if entry.end > len(self._bytes) or entry.begin % ITEMSIZES[entry.dtype]:
+            raise ValueError(f"{name} lies beyond the end of the file, or not as its numbers are wide")
+        self._left.discard(name)
         return int(self._bytes.ctypes.data) + entry.begin
 
 
 def _digest(folder: Path) -> str:
-    return hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
+    path = folder / CONFIG
+    if (size := file_size(path)) > MAX_JSON_BYTES:
+        raise BadFile(path, f"is {size} bytes; at most {MAX_JSON_BYTES} are read")
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -80,7 +80,7 @@ def _log_softmax(scores: Floats) -> Floats:
     return shifted
 
 
-def kept(b: int, row: Floats, sampling: Sampling) -> tuple[Ids, Floats]:
+def filtered(b: int, row: Floats, sampling: Sampling) -> tuple[Ids, Floats]:
     """As `candidates`, of row b of a batch.
 
     Raises:
@@ -113,7 +113,7 @@ def choose(b: int, row: Floats, sampling: Sampling, generator: np.random.BitGene
     Raises:
         ValueError: there is nothing to draw from.
     """
-    ids, logprobs = kept(b, row, sampling)
+    ids, logprobs = filtered(b, row, sampling)
     return int(ids[invert(b, logprobs, generator)])
 
 

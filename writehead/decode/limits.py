@@ -69,6 +69,22 @@ def warn_of_length(limits: Limits, prompt: int, new: int) -> None:
         )
 
 
+def check_room(caches: int, rows: int, context: int, width: int) -> None:
+    """Raise unless there is memory for caches and logits.
+
+    Args:
+        caches: bytes.
+        rows: that are decoded.
+        context: tokens of each, for the message.
+        width: logits of a row.
+
+    Raises:
+        ValueError: saying how much is needed and how much is there.
+    """
+    logits = 4 * 4 * rows * width  # the logits and what choosing makes of them, float32
+    check_memory(caches + logits, f"decoding {rows} row{'s' * (rows > 1)} of {context} tokens")
+
+
 def check_memory(needed: int, what: str) -> None:
     """Raise if `needed` bytes are more than this machine can still give.
 

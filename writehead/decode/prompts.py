@@ -8,7 +8,7 @@ from torch import Tensor
 
 from writehead.core.slots import Store
 from writehead.decode.engine import Engine
-from writehead.decode.limits import check_context, check_memory, check_prompts, warn_of_length
+from writehead.decode.limits import check_context, check_prompts, check_room, warn_of_length
 from writehead.decode.options import Options
 from writehead.decode.result import Tokenizer
 
@@ -86,9 +86,8 @@ def _check_size(engine: Engine, prompts: int, store: Store, options: Options, so
     # Dropping, repeating and reordering rows makes a copy while the original lives.
     copies = 1 if rows == 1 else 2
     caches = copies * engine.state_bytes(rows, store.capacity, store) + engine.memory_bytes(prompts, source)
-    width = 1 + options.prompt_lookup_num_tokens
-    logits = 4 * 4 * rows * width * engine.vocab  # the logits and what choosing makes of them, float32
-    check_memory(caches + logits, f"decoding {rows} rows of {store.capacity} tokens")
+    width = (1 + options.prompt_lookup_num_tokens) * engine.vocab
+    check_room(caches, rows, store.capacity, width)
 
 
 def _padded(rows: list[list[int]]) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from writehead.decode.filters import Floats, choose, invert, kept, row_generators, row_problem
+from writehead.decode.filters import Floats, choose, filtered, invert, row_generators, row_problem
 from writehead.decode.options import Sampling
 
 
@@ -118,7 +118,7 @@ def filtered_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
     rows = to_numpy(logits)
     logprobs = np.full_like(rows, -np.inf)
     for b, row in enumerate(rows):
-        ids, left = kept(b, row, sampling)
+        ids, left = filtered(b, row, sampling)
         logprobs[b, ids] = left
     return torch.from_numpy(logprobs).to(logits.device)
 

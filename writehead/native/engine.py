@@ -23,14 +23,16 @@ class Held:
 
     def matrix(self, name: str, n: int, k: int) -> structs.Matrix:
         """As `Weights.matrix`."""
-        found = self._model.matrices[name]
-        assert (found.n, found.k) == (n, k)
+        found = self._model.matrices.get(name)
+        if found is None or (found.n, found.k) != (n, k):
+            raise ValueError(f"no matrix {name} of {n} x {k}")
         return structs.Matrix.of(found)
 
     def vector(self, name: str, size: int) -> int | None:
         """As `Weights.vector`."""
         found = self._model.vectors.get(name)
-        assert found is None or len(found) == size
+        if found is not None and tuple(found.shape) != (size,):
+            raise ValueError(f"{name} has the shape {tuple(found.shape)}; the model asks for {size} numbers")
         return structs.pointer(found)
 
 
@@ -141,7 +143,7 @@ class NativeEngine:
         places = self._places(tokens, state.next)
         state.caches = tuple(cache.grown(top) for cache in state.caches)
         held = [cache.struct(kept) for cache, kept in zip(state.caches, self.outline.caches, strict=True)]
-        wide = structs.whole(self.vocab)
+        wide = structs.round_up(self.vocab)
         logits = torch.empty(int(wanted.sum()), wide)
         flags = wanted.contiguous().view(torch.uint8)
         call = structs.Call(

@@ -14,6 +14,7 @@ from writehead.native.library import library
 from writehead.native.outline import Layer, Normal, Outline
 
 PREFILL_TOKENS = 512  # of all rows in one call: bounds the activations, and fills the matrix products
+LARGEST_SIDE = 2**24  # of a matrix: the kernels count in 32 bits
 FIRST_TURNS = 1024  # positions whose angles are computed at first
 
 
@@ -108,7 +109,7 @@ class Kernels:
             logit_scale=outline.logit_scale,
             embed_norm=self._norm(outline.embed_norm, X),
             last_norm=self._norm(outline.last_norm, X),
-            table=self._weights.matrix("embedding.table", V, X),
+            table=self._matrix("embedding.table", V, X, ""),
             head=self._matrix(head, V, X, "embedding.bias"),
             slopes=None if slopes is None else slopes.ctypes.data,
             layers=layers,
@@ -117,7 +118,7 @@ class Kernels:
     def _layer(self, layer: Layer) -> structs.Layer:
         kept, X = self.outline.caches[layer.cache], self.outline.dim
         H, G, D = kept.heads, kept.kv_heads, kept.head_dim
-        inner = 2 * structs.whole(layer.hidden) if layer.gated else layer.hidden
+        inner = 2 * structs.round_up(layer.hidden) if layer.gated else layer.hidden
         mixer, feed = f"{layer.name}.mixer", layer.inner
         return structs.Layer(
             self._linear(f"{mixer}.qkv", (H + 2 * G) * D, X),
@@ -139,6 +140,8 @@ class Kernels:
         return self._matrix(f"{name}.weight", n, k, f"{name}.bias")
 
     def _matrix(self, name: str, n: int, k: int, bias: str) -> structs.Matrix:
+        if max(n, k) > LARGEST_SIDE:
+            raise ValueError(f"{name} of {n} x {k} is too large: a side may have {LARGEST_SIDE}")
         found = self._weights.matrix(name, n, k)
         found.bias = self._weights.vector(bias, n)
         return found

@@ -3,15 +3,16 @@
 It is made of a config by `covers` with PyTorch, and needs none itself.
 """
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from math import isfinite
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
-from writehead.native.structs import ACTIVATIONS, BLOCK, NORMS, whole
+from writehead.native.structs import ACTIVATIONS, BLOCK, NORMS, round_up
 
 TABLE = "embedding.position.table"  # the weight whose rows are added to embeddings
 PLACES = ("none", "table", "function")
@@ -82,11 +83,11 @@ class Kept:
         """The shapes of keys (B, L, G, S/16, D, 16) and of values (B, L, G, S, D), D to a multiple of 16."""
         each = (rows, self.layers, self.kv_heads)
         k = (*each, slots // BLOCK, self.head_dim, BLOCK)
-        return k, (*each, slots, whole(self.head_dim))
+        return k, (*each, slots, round_up(self.head_dim))
 
     def nbytes(self, rows: int, slots: int, itemsize: int) -> int:
         """Bytes of keys, values and positions in so many slots, without scales."""
-        values = self.head_dim + whole(self.head_dim)
+        values = self.head_dim + round_up(self.head_dim)
         return rows * slots * (self.layers * self.kv_heads * values * itemsize + 4)
 
 
@@ -151,18 +152,18 @@ class Outline:
     trained_context: int | None
     piece: int | None
 
-    def to_json(self) -> str:
-        """As text on one line."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+    def to_dict(self) -> dict[str, Any]:
+        """As objects, lists, words and numbers, for JSON."""
+        return asdict(self)
 
     @classmethod
-    def from_json(cls, text: str) -> "Outline":
-        """What `to_json` was called on.
+    def from_dict(cls, given: Mapping[str, Any]) -> "Outline":
+        """What `to_dict` was called on.
 
         Raises:
-            ValueError: another text, or values that no model has.
+            ValueError: anything else, or values that no model has.
         """
-        found: Outline = _made(cls, json.loads(text))
+        found: Outline = _made(cls, given)
         found._check()
         return found
 
@@ -191,6 +192,7 @@ class Outline:
         _sound(len(taken) == len(self.layers) == sum(kept.layers for kept in self.caches), "place")
         _sound(all(0 < count < 2**31 for count in counts), "size")
         _sound(self.places in PLACES, "places")
+        _sound(self.places != "table" or self.positions is not None, "table")
         _sound({self.embed_norm.kind, self.last_norm.kind} <= set(NORMS), "norm")
         if self.rotation is not None:
             _sound(2 * len(self.rotation.frequencies) == self.rotation.dim, "rotation")
@@ -222,6 +224,6 @@ def _made(kind: Any, given: Any) -> Any:
         inside = inside[:1] * len(given) if inside[1:] == (...,) else inside
         if len(inside) == len(given):
             return tuple(_made(one, value) for one, value in zip(inside, given, strict=True))
-    elif type(given) is kind:
+    elif type(given) is kind and (kind is not float or isfinite(given)):
         return given
     raise ValueError(f"the outline of the model holds {str(given)[:40]!r} in the place of {kind}")

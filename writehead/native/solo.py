@@ -102,7 +102,7 @@ class SoloEngine:
         if there is not None and top > there:
             raise ValueError(f"position {top - 1} does not exist: this model has {there} (0 to {there - 1})")
         step = min(PREFILL_TOKENS, self.outline.piece or PREFILL_TOKENS)
-        logits = np.empty((1, structs.whole(self.vocab)), np.float32)
+        logits = np.empty((1, structs.round_up(self.vocab)), np.float32)
         for first in range(0, len(given), step):
             self._call(given[first : first + step], state, logits, last=first + step >= len(given))
         return logits[0, : self.vocab], state
@@ -128,7 +128,7 @@ class SoloEngine:
 
 
 def _slots(kept: Kept, room: int) -> int:
-    return structs.whole(room if kept.window is None else min(room, kept.lead + kept.ring()))
+    return structs.round_up(room if kept.window is None else min(room, kept.lead + kept.ring()))
 
 
 def _empty(kept: Kept, room: int) -> SoloCache:

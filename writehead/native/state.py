@@ -13,7 +13,7 @@ from torch import Tensor
 from writehead.core.slots import Layout, Store, forget
 from writehead.core.state import Node, Once, apply, join, rewind, select, tensors
 from writehead.native.outline import Kept
-from writehead.native.structs import BLOCK, FORMATS, pointer, whole
+from writehead.native.structs import BLOCK, FORMATS, pointer, round_up
 from writehead.native.structs import Cache as CacheStruct
 
 STORED = {
@@ -90,7 +90,7 @@ class Cache(Node):
         """The same with slots for so many tokens."""
         limit = self.layout.limit
         needed = context if limit is None else min(context, limit)
-        return self if needed <= self.slots else self.resized(whole(self.layout.slots(needed)))
+        return self if needed <= self.slots else self.resized(round_up(self.layout.slots(needed)))
 
     def resized(self, slots: int) -> "Cache":
         """The same with at least so many slots."""
@@ -199,4 +199,4 @@ def _layout(kept: Kept, store: Store) -> Layout:
 
 
 def _slots(kept: Kept, store: Store, context: int) -> int:
-    return whole(_layout(kept, store).slots(context, whole(store.capacity)))
+    return round_up(_layout(kept, store).slots(context, round_up(store.capacity)))

@@ -26,7 +26,7 @@ def shapes(format: str, n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...
     return (panels, groups * GROUP, LANES), None
 
 
-def whole(count: int) -> int:
+def round_up(count: int) -> int:
     """A count rounded up to whole vectors of `LANES`, which is whole blocks of slots too."""
     return -(-count // LANES) * LANES
 
@@ -41,12 +41,10 @@ class Matrix(ctypes.Structure):
     _fields_ = [*_fields(c_int32, "format n k"), *_fields(c_void_p, "data scales bias")]
 
     @classmethod
-    def of(cls, packed: "Packed", bias: "Tensor | None" = None) -> "Matrix":
-        """A matrix; the tensors must live as long as it is used."""
-        scales = None if packed.scales is None else packed.scales.data_ptr()
-        return cls(
-            FORMATS.index(packed.format), packed.n, packed.k, packed.data.data_ptr(), scales, pointer(bias)
-        )
+    def of(cls, packed: "Packed") -> "Matrix":
+        """A matrix without a bias; the tensors must live as long as it is used."""
+        data, scales = pointer(packed.data), pointer(packed.scales)
+        return cls(FORMATS.index(packed.format), packed.n, packed.k, data, scales)
 
 
 class Norm(ctypes.Structure):
