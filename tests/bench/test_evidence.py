@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.train.small import TEXT, write
 from writehead.bench import evidence, evidence_pages
-from writehead.bench.evidence import records, work
+from writehead.bench.evidence import RECORDS, records, work
 from writehead.bench.experiments import ACROSS, HEADS, LONGER, MULTI30K, TRANSLATORS, Sources, pieces, sources
+from writehead.cli.bench import command
 from writehead.config import ModelConfig
 from writehead.costs import parameters, skeleton
 from writehead.train.loop import Trainer
@@ -156,3 +158,15 @@ def test_where_data_is_missing_it_is_said(tmp_path: Path) -> None:
     assert found.text["valid"] == [str(tmp_path / "wikitext2.valid.txt.gz")]
     assert found.tested == str(tmp_path / MULTI30K.format("test_2016_flickr"))
     assert json.dumps(found.parallel)
+
+
+def test_a_page_is_not_written_without_the_runs_that_there_are(tmp_path: Path) -> None:
+    model = {"vocab": 300, "dim": 8}
+    run = {"seed": 0, "model": model, "data": {"kind": "parallel", "train": ["x.tsv"], "valid": ["y.tsv"]}}
+    piece = {"piece": ["translation", "multi-head", 0, 1000, run], "results": {}}
+    (tmp_path / RECORDS).write_text(json.dumps(piece) + "\n")
+    done = CliRunner().invoke(command, ["evidence", "--pages", "--out", str(tmp_path)])
+    assert isinstance(done.exception, ValueError)
+    assert "1 of the records in" in str(done.exception)
+    assert "give the --data, --seeds, --steps and --dim that they had" in str(done.exception)
+    assert not (tmp_path / "README.md").exists()

@@ -112,6 +112,11 @@ def of(todo: Iterable[Piece], out: Path) -> list[dict[str, Any]]:
     return [found[key] for key in keys if key in found]
 
 
+def others(planned: Iterable[Piece], out: Path) -> int:
+    """How many records are of pieces that are not planned."""
+    return len(records(out)) - len(of(planned, out))
+
+
 def _key(piece: list[Any]) -> str:
     """One spelling of a key, whatever options runs had when it was written."""
     return json.dumps([*piece[:-1], essence(piece[-1])], sort_keys=True)

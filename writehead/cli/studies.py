@@ -59,7 +59,9 @@ def evidence(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of records, tables and plots.")] = Path("docs/evidence"),
     runs: Annotated[Path | None, typer.Option(help="Folder of the runs; default OUT/runs.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each variant; default 3.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Runs of each variant; default 3, of translation 2.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of a run.")] = None,
     dim: Annotated[int | None, typer.Option(min=8, help="Width of the models, a multiple of 8.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores that may be used.")] = None,
@@ -85,6 +87,12 @@ def evidence(
     scale = {name: value for name, value in given.items() if value is not None}
     planned = pieces(list(EXPERIMENTS), found, **scale)
     todo = [] if pages else pieces([name for name in names if name in EXPERIMENTS], found, **scale)
+
+    if pages and (others := evidence.others(planned, out)):
+        raise ValueError(
+            f"{others} of the records in {out} belong to runs that these options do not plan, and the page "
+            "would lack them: give the --data, --seeds, --steps and --dim that they had"
+        )
 
     def write() -> None:
         evidence_pages.write(planned, out, found.said)
