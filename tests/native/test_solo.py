@@ -302,9 +302,10 @@ def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (folder / FILE).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:a prompt of 6 tokens:UserWarning")
-@pytest.mark.parametrize("kind", ["rotary", "sinks", "learned"])
+@pytest.mark.parametrize(
+    "kind", ["sinks", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("rotary", "learned"))]
+)
 def test_a_spoilt_outline_is_refused_or_describes_a_model_that_the_kernels_may_run(
     kind: str, make: Make
 ) -> None:
