@@ -84,8 +84,8 @@ def open_solo(name: str | Path, *, dtype: str | None = None, threads: int | None
         if dtype not in (None, format):
             return None
         weights = PackedMap(folder, header)
-        rows = (TABLE, outline.positions or 0, outline.dim)
-        table = weights.table(*rows) if outline.places == "table" else None
+        tabled = outline.places == "table"
+        table = weights.table(TABLE, outline.positions, outline.dim) if tabled else None
         engine = SoloEngine(outline, weights, table, threads)
         weights.check_all_used()
         tokenizer = Tokenizer.from_directory(folder) if (folder / "tokenizer.json").is_file() else None

@@ -108,7 +108,7 @@ class PackedMap:
             raise ValueError(f"{name} is {found.dtype} {found.shape}; the model asks for {size} float32")
         return found and self._address(name, found)
 
-    def table(self, name: str, rows: int, width: int) -> NDArray[np.float32]:
+    def table(self, name: str, rows: int | None, width: int) -> NDArray[np.float32]:
         """The rows of a table of float32.
 
         Raises:
