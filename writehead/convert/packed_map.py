@@ -118,7 +118,7 @@ class PackedMap:
         if found is None or (found.dtype, found.shape) != ("F32", (rows, width)):
             raise ValueError(f"no table {name} of {rows} x {width}")
         first = self._address(name, found) - int(self._bytes.ctypes.data)
-        return self._bytes[first : found.end].view(np.float32).reshape(rows, width)
+        return self._bytes[first : found.end].view(np.float32).reshape(found.shape)
 
     def check_all_used(self) -> None:
         """Raise if a tensor was asked for by nobody.
