@@ -167,12 +167,12 @@ def _setting(name: str, planned: Sequence[Piece]) -> str:
     """What the runs have in common."""
     run = planned[0].run
     model, data = run.model, run.data
-    files = ", ".join(Path(one).name for one in data.train)
+    files, seeds = ", ".join(Path(one).name for one in data.train), len({piece.seed for piece in planned})
     each = f"{model['depth']} + {model['depth']}" if "encoder" in model else f"{model['depth']}"
     lines = [
         f"Ours: {files}, BPE of {data.tokenizer['vocab']} tokens, {each} layers of width {model['dim']}, "
         f"{run.loop.steps} steps of {data.batch} rows, AdamW at {run.optim.lr:g}, "
-        f"{len({piece.seed for piece in planned})} seeds wanted, the same for all variants."
+        f"{seeds} seed{'s' * (seeds > 1)} wanted, the same for all variants."
     ]
     if name == "translation":
         lines.append(

@@ -60,7 +60,7 @@ def evidence(
     out: Annotated[Path, typer.Option(help="Folder of records, tables and plots.")] = Path("docs/evidence"),
     runs: Annotated[Path | None, typer.Option(help="Folder of the runs; default OUT/runs.")] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Runs of each variant; default 3, of translation 2.")
+        int | None, typer.Option(min=1, help="Runs of each variant; default 3, of translation 1.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of a run.")] = None,
     dim: Annotated[int | None, typer.Option(min=8, help="Width of the models, a multiple of 8.")] = None,
