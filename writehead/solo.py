@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
-
 from writehead.convert.find import find
 from writehead.convert.packed_map import PackedMap, is_packed, outline_in, read_packed_header
 from writehead.convert.tokenizer import Tokenizer
-from writehead.decode.filters import Floats, choose, row_generators, row_problem
+from writehead.decode.filters import choose, log_softmax, row_generators
 from writehead.decode.limits import check_context, check_prompts, check_room, warn_of_length
 from writehead.decode.options import Options
 from writehead.decode.result import Event, Generation, Timings, Track
@@ -133,9 +131,8 @@ class SoloStream(Iterator[Event]):
         (generator,) = row_generators(seed, [0])
         logits, state = self._engine.feed(self._prompt, self._engine.empty(self._room))
         while True:
-            normaliser = _normaliser(logits)
             token = choose(0, logits, sampling, generator)
-            event = self._track.accept(token, float(logits[token] - normaliser))
+            event = self._track.accept(token, float(log_softmax(logits)[token]))
             seconds = time.perf_counter() - clock
             if t.decode_steps:
                 t.decode_seconds, t.decode_tokens = t.decode_seconds + seconds, t.decode_tokens + 1
@@ -149,12 +146,3 @@ class SoloStream(Iterator[Event]):
             t.decode_steps += 1
             size = self._engine.state_bytes(len(self._prompt) + t.decode_steps)
             t.state_bytes += (size - t.state_bytes) / t.decode_steps
-
-
-def _normaliser(logits: Floats) -> Floats:
-    """The logarithm of the sum of all exponentials."""
-    top = logits.max()
-    if problem := row_problem(float(top)):
-        raise ValueError(f"row 0: {problem}")
-    normaliser: Floats = top + np.log(np.exp(logits - top).sum())
-    return normaliser

@@ -52,7 +52,7 @@ def candidates(row: Floats, temperature: float, top_k: int, top_p: float, min_p:
         probs = _softmax(scores)
         keep = probs >= probs.dtype.type(min_p) * probs.max()
         ids, scores = ids[keep], scores[keep]
-    return ids, _log_softmax(scores)
+    return ids, log_softmax(scores)
 
 
 def _nucleus(probs: Floats, top_p: float) -> NDArray[np.bool_]:
@@ -74,7 +74,8 @@ def _softmax(scores: Floats) -> Floats:
     return weights
 
 
-def _log_softmax(scores: Floats) -> Floats:
+def log_softmax(scores: Floats) -> Floats:
+    """Scores less the logarithm of the sum of their exponentials."""
     shifted: Floats = scores - scores.max()
     shifted -= np.log(np.exp(shifted).sum())
     return shifted
