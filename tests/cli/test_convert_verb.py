@@ -119,10 +119,11 @@ def test_a_converted_folder_decodes_in_its_type_on_the_native_engine(
     flags = ("--model", tmp_path / "out", "--threads", 1, "--max-new-tokens", 8)
     ran = run("generate", "hello", *flags)
     assert ran.code == 0
-    assert ran.err.endswith(f"; engine native ({library()[1]}, int8, 1 thread)\n")
+    why = f"{library()[1]}, int8, 1 thread, without PyTorch"
+    assert ran.err.endswith(f"; engine native ({why})\n")
     said = json.loads(run("generate", "hello", *flags, "--json").out)
     assert (said["engine"], said["dtype"]) == ("native", "int8")
-    assert said["engine_why"] == f"{library()[1]}, int8, 1 thread"
+    assert said["engine_why"] == why
     assert said["generations"][0]["text"] + "\n" == ran.out
     wrong = run("generate", "hello", *flags, "--dtype", "int4")
     assert wrong.code == 1
