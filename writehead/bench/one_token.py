@@ -22,6 +22,9 @@ STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 WORKING_SET = 128 * 2**20  # bytes of layers that are read in turn, as a model's are; no cache holds them
 LARGEST = 300 * 2**20  # bytes of a single layer, above which a cell is left out
 SAMPLE = 0.02  # seconds
+TOGETHER = (
+    16  # layers of a call: a model's step takes all of its own, so Python's share of one is not attention
+)
 PEAK, READ = "peak", "bandwidth"  # the machine's limits, which change with what its neighbours do
 
 
@@ -147,7 +150,7 @@ class _Layers:
         self.pos = torch.arange(context, dtype=torch.int32).repeat(batch, 1)
         self.at = torch.full((batch, 1), context - 1, dtype=torch.int32)
         self.q = torch.randn(batch, 1, HEADS, HEAD_DIM)
-        self.y = torch.empty_like(self.q)
+        self.y = torch.empty(min(self.layers, TOGETHER), *self.q.shape)
         self.scales = scales
         held = [pointer(each) for each in (self.k, self.v, *scales, self.pos)]
         self.cache = Cache(
@@ -160,19 +163,21 @@ class _Layers:
         def run() -> float:
             start, calls = time.perf_counter(), 0
             while calls == 0 or time.perf_counter() - start < SAMPLE:
-                self._attend(engine, helpers)
-                calls += 1
+                calls += self._attend(engine, helpers)
             return (time.perf_counter() - start) / calls
 
         return run
 
-    def _attend(self, engine: ctypes.CDLL, helpers: int) -> None:
+    def _attend(self, engine: ctypes.CDLL, helpers: int) -> int:
+        """Attention over the next layers: how many."""
+        count = min(len(self.y), self.layers - self.next)
         done = engine.wh_attend(
-            helpers, ctypes.byref(self.cache), self.next, self.batch, 1, pointer(self.q), pointer(self.at),
-            HEAD_DIM**-0.5, 0, 0, None, pointer(self.y),
+            helpers, ctypes.byref(self.cache), self.next, count, self.batch, 1,
+            pointer(self.q), pointer(self.at), HEAD_DIM**-0.5, 0, 0, None, pointer(self.y),
         )  # fmt: skip
         assert done == 0
-        self.next = (self.next + 1) % self.layers
+        self.next = (self.next + count) % self.layers
+        return count
 
 
 def _numbers(shape: tuple[int, ...], stored: str) -> Tensor:

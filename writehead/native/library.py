@@ -8,7 +8,7 @@ from writehead.core import system
 from writehead.native.build import FOLDER, instruction_sets
 from writehead.native.structs import Cache, Call, Matrix, Model
 
-VERSION = 1
+VERSION = 2
 NEEDS = {
     "avx512": ("avx512f", "avx512_vnni"),
     "avx2": ("avx2",),
@@ -45,7 +45,7 @@ def load(path: Path) -> ctypes.CDLL:
     library.wh_step.argtypes = [where, pointer(Call)]
     library.wh_attend.restype = number
     library.wh_attend.argtypes = [
-        *(where, pointer(Cache), number, number, number, where, where),
+        *(where, pointer(Cache), number, number, number, number, where, where),
         *(real, number, number, where, where),
     ]
     return library

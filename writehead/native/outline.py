@@ -5,7 +5,7 @@ It is made of a config by `covers` with PyTorch, and needs none itself.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from math import isfinite
+from math import isfinite, prod
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -79,16 +79,30 @@ class Kept:
         """Slots of the ring if `slack` tokens may be taken back; 0 = there is no ring."""
         return 0 if self.window is None else self.window + max(slack, self.piece - 1)
 
-    def shapes(self, rows: int, slots: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of keys (B, L, G, S/16, D, 16) and of values (B, L, G, S, D), D to a multiple of 16."""
-        each = (rows, self.layers, self.kv_heads)
-        k = (*each, slots // BLOCK, self.head_dim, BLOCK)
-        return k, (*each, slots, round_up(self.head_dim))
+    def shapes(self, rows: int, slots: int, format: str) -> list[tuple[int, ...]]:
+        """The shapes of keys, of values and, for int8, of the scales of either, as writehead.h has them.
 
-    def nbytes(self, rows: int, slots: int, itemsize: int) -> int:
-        """Bytes of keys, values and positions in so many slots, without scales."""
-        values = self.head_dim + round_up(self.head_dim)
-        return rows * slots * (self.layers * self.kv_heads * values * itemsize + 4)
+        Args:
+            rows: B.
+            slots: S, whole blocks.
+            format: "float32", "bfloat16" or "int8".
+        """
+        each = (rows, self.layers, self.kv_heads, slots // BLOCK)
+        D, wide = self.head_dim, round_up(self.head_dim)
+        if format == "int8":
+            return [
+                (*each, -(-D // 2), BLOCK, 2),
+                (*each, BLOCK // 2, wide, 2),
+                (*each, BLOCK),
+                (*each, BLOCK),
+            ]
+        return [(*each, D, BLOCK), (*each, BLOCK, wide)]
+
+    def nbytes(self, rows: int, slots: int, format: str) -> int:
+        """Bytes of keys, values, scales and positions in so many slots."""
+        k, v, *scales = (prod(shape) for shape in self.shapes(rows, slots, format))
+        itemsize = {"float32": 4, "bfloat16": 2, "int8": 1}[format]
+        return (k + v) * itemsize + 4 * (sum(scales) + rows * slots)
 
 
 @dataclass(frozen=True)

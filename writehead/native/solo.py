@@ -12,6 +12,8 @@ from writehead.native import structs
 from writehead.native.kernels import PREFILL_TOKENS, Kernels, Weights
 from writehead.native.outline import Kept, Outline
 
+STORED = "float32"  # how keys and values are kept
+
 Array = NDArray[Any]
 
 
@@ -78,7 +80,7 @@ class SoloEngine:
 
     def state_bytes(self, context: int) -> int:
         """Bytes of the caches after `context` tokens."""
-        return 8 + sum(kept.nbytes(1, _slots(kept, context), 4) for kept in self.outline.caches)
+        return 8 + sum(kept.nbytes(1, _slots(kept, context), STORED) for kept in self.outline.caches)
 
     def feed(self, tokens: Sequence[int], state: SoloState) -> tuple[Array, SoloState]:
         """Take tokens into the state.
@@ -133,7 +135,7 @@ def _slots(kept: Kept, room: int) -> int:
 
 def _empty(kept: Kept, room: int) -> SoloCache:
     slots = _slots(kept, room)
-    k, v = map(_zeros, kept.shapes(1, slots))
+    k, v = map(_zeros, kept.shapes(1, slots, STORED))
     return SoloCache(k, v, np.full((1, slots), -1, np.int32))
 
 
@@ -147,7 +149,7 @@ def _zeros(shape: tuple[int, ...]) -> Array:
 
 def _struct(kept: Kept, cache: SoloCache) -> structs.Cache:
     return structs.Cache(
-        structs.FORMATS.index("float32"),
+        structs.FORMATS.index(STORED),
         kept.layers,
         kept.heads,
         kept.kv_heads,

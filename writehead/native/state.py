@@ -29,12 +29,12 @@ class Cache(Node):
     """Keys and values of the layers that keep the same tokens.
 
     Attributes:
-        k: (B, L, G, S/16, D, 16).
-        v: (B, L, G, S, D), D padded to a multiple of 16.
+        k: (B, L, G, S/16, D, 16); int8 (B, L, G, S/16, D/2, 16, 2), D padded to a multiple of 2.
+        v: (B, L, G, S/16, 16, D); int8 (B, L, G, S/16, 8, D, 2), D padded to a multiple of 16.
         pos: (B, S) int32, -1 = empty.
         layout: which slot a position takes.
         used: from this slot on every row is empty.
-        scales: none, or with int8 those of k and v, (B, L, G, S) float32.
+        scales: none, or with int8 those of k and v, (B, L, G, S/16, 16) float32.
     """
 
     k: Tensor
@@ -59,14 +59,11 @@ class Cache(Node):
         filled = -(-self.used // BLOCK)
 
         def rows(t: Tensor) -> Tensor:
-            chosen, used = (
-                t.new_zeros(len(index), *t.shape[1:]),
-                filled * (t.shape[3] // (self.slots // BLOCK)),
-            )
-            torch.index_select(t.narrow(3, 0, used), 0, index, out=chosen.narrow(3, 0, used))
+            chosen = t.new_zeros(len(index), *t.shape[1:])
+            torch.index_select(t.narrow(3, 0, filled), 0, index, out=chosen.narrow(3, 0, filled))
             return chosen
 
-        return self._with(rows if self.slots else lambda t: t.index_select(0, index), self.pos[index])
+        return self._with(rows, self.pos[index])
 
     def join(self, other: Node, once: Once) -> "Cache":
         assert isinstance(other, Cache)
@@ -98,9 +95,7 @@ class Cache(Node):
             return self
 
         def longer(t: Tensor) -> Tensor:
-            shape = list(t.shape)
-            shape[3] = slots // BLOCK if t.dim() == 6 else slots
-            grown = t.new_zeros(shape)
+            grown = t.new_zeros(*t.shape[:3], slots // BLOCK, *t.shape[4:])
             grown.narrow(3, 0, t.shape[3]).copy_(t)
             return grown
 
@@ -111,7 +106,7 @@ class Cache(Node):
     def struct(self, kept: Kept) -> CacheStruct:
         """What the kernels read and fill."""
         return CacheStruct(
-            FORMATS.index(str(self.k.dtype).removeprefix("torch.")),
+            FORMATS.index(_format(self.k.dtype)),
             kept.layers,
             kept.heads,
             kept.kv_heads,
@@ -162,19 +157,16 @@ class NativeState(Node):
 def empty(kept: Kept, rows: int, store: Store) -> Cache:
     """A cache without tokens."""
     S, dtype = _slots(kept, store, 0), stored(store)
-    k, v = (torch.zeros(shape, dtype=dtype) for shape in kept.shapes(rows, S))
-    scales = None
-    if dtype == torch.int8:
-        scales = (torch.zeros(v.shape[:4]), torch.zeros(v.shape[:4]))
+    keys, values, *scales = kept.shapes(rows, S, _format(dtype))
+    k, v = torch.zeros(keys, dtype=dtype), torch.zeros(values, dtype=dtype)
     pos = torch.full((rows, S), -1, dtype=torch.int32)
-    return Cache(k, v, pos, _layout(kept, store), 0, scales)
+    both = (torch.zeros(scales[0]), torch.zeros(scales[1])) if scales else None
+    return Cache(k, v, pos, _layout(kept, store), 0, both)
 
 
 def nbytes(kept: Kept, rows: int, store: Store, context: int) -> int:
     """Bytes of a cache once `context` tokens were written."""
-    slots = _slots(kept, store, context)
-    scales = 8 * rows * slots * kept.layers * kept.kv_heads if stored(store) == torch.int8 else 0
-    return kept.nbytes(rows, slots, stored(store).itemsize) + scales
+    return kept.nbytes(rows, _slots(kept, store, context), _format(stored(store)))
 
 
 def stored(store: Store) -> torch.dtype:
@@ -189,6 +181,10 @@ def stored(store: Store) -> torch.dtype:
             "use one of these, or the PyTorch engine"
         )
     return STORED[store.dtype]
+
+
+def _format(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _layout(kept: Kept, store: Store) -> Layout:

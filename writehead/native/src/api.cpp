@@ -1,7 +1,7 @@
 #include "linear.h"
 #include "team.h"
 
-int32_t wh_version(void) { return 1; }
+int32_t wh_version(void) { return 2; }
 
 const char* wh_instructions(void) {
 #if defined(__AVX512F__)
@@ -41,17 +41,20 @@ int32_t wh_linear(wh_team* team, const wh_matrix* w, const float* x, int32_t row
     return 0;
 }
 
-int32_t wh_attend(wh_team* team, const wh_cache* cache, int32_t layer, int32_t rows, int32_t tokens, const float* q,
-                  const int32_t* pos, float scale, int32_t window, int32_t lead, const float* slopes, float* y) {
-    const int apart = cache->heads * cache->head_dim;
+int32_t wh_attend(wh_team* team, const wh_cache* cache, int32_t layer, int32_t layers, int32_t rows, int32_t tokens,
+                  const float* q, const int32_t* pos, float scale, int32_t window, int32_t lead, const float* slopes,
+                  float* y) {
+    const int apart = cache->heads * cache->head_dim, count = rows * tokens;
     try {
         std::vector<wh::Token> all;
-        for (int i = 0; i < rows * tokens; i++) all.push_back({i / tokens, pos[i]});
+        for (int i = 0; i < count; i++) all.push_back({i / tokens, pos[i]});
         team->lookup.plan(*cache, all, team->team.threads());
     } catch (...) {
         return -1;
     }
-    team->lookup.read(team->team, {layer, {window, lead}, scale, slopes}, q, apart);
-    team->team.share(rows * tokens, [&](int i) { team->lookup.collect(i, y + static_cast<size_t>(i) * apart); });
+    for (int i = 0; i < layers; i++, y += static_cast<size_t>(count) * apart) {
+        team->lookup.read(team->team, {layer + i, {window, lead}, scale, slopes}, q, apart);
+        team->team.share(count, [&](int token) { team->lookup.collect(token, y + static_cast<size_t>(token) * apart); });
+    }
     return 0;
 }

@@ -19,6 +19,7 @@ constexpr int kPer = kBlock / kLanes;         // vectors of a block
 constexpr int kSums = kLanes == 16 ? 24 : 12;  // registers for sums
 constexpr int kCopied = kLanes == 16 ? 18 : 3 * kQueryRows;  // rows from which narrow keys and values are worth a copy
 constexpr int kLine = 64;    // bytes of a cache line
+constexpr float kShort = 32767, kLeast = 1e-30f;  // the largest of 16 bits; weights below are nothing
 constexpr float kSlack = 4;  // a score may be so much above `top`: its weight is a number as exact as any
 
 // Where the sums of 2 blocks fit, those of 4 may not.
@@ -28,21 +29,53 @@ constexpr int blocks_at_once(int rows) {
 
 inline vec widen(const float* from) { return load(from); }
 inline vec widen(const uint16_t* from) { return load_bf16(from); }
-inline vec widen(const int8_t* from) {
-#if defined(__AVX512F__)
-    return to_float((ivec)_mm512_cvtepi8_epi32(load_as<__m128i>(from)));
-#elif defined(__AVX2__)
-    return to_float((ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-#else
-    return to_float(__builtin_convertvector(load_as<quarter>(from), ivec));
-#endif
-}
+inline svec widen(const Pair* from) { return load_pairs(from); }
+
+// How keys and values of a format are multiplied: each number on its own in float32, or in pairs of integers, with
+// queries and weights rounded to 16 bits of the largest of their row.
+template <class T>
+struct Products {
+    typedef vec Sum;
+    typedef float Number;
+    static constexpr int kTogether = 1;  // numbers of a key, or keys of a value
+};
+template <>
+struct Products<Pair> {
+    typedef ivec Sum;
+    typedef int32_t Number;
+    static constexpr int kTogether = 2;
+};
+template <class T>
+using Sum = typename Products<T>::Sum;
+template <class T>
+using Number = typename Products<T>::Number;
+template <class T>
+constexpr int kTogether = Products<T>::kTogether;
+template <class T>
+constexpr int kSteps = kBlock / kTogether<T>;  // of a block of values
+template <class T>
+int steps_of(int dim) { return (dim + kTogether<T> - 1) / kTogether<T>; }
+template <class T>
+constexpr int kRow = kSpan / kTogether<T>;  // numbers from one row of weights to the next
+
+inline vec same(float x) { return splat(x); }
+inline ivec same(int32_t x) { return splat_int(x); }
+
+// What sums stand for: integers are worth `grain` each.
+inline vec worth(vec sum, const float*) { return sum; }
+inline vec worth(ivec sum, const float* grain) { return to_float(sum) * splat(*grain); }
+
+// Sums go on from y, or come on top of it in the end.
+inline void begin(vec& sum, const float* y) { sum = load(y); }
+inline void begin(ivec& sum, const float*) { sum = ivec{}; }
+inline void end(vec sum, const float*, float* y) { store(y, sum); }
+inline void end(ivec sum, const float* grain, float* y) { store(y, fma(to_float(sum), splat(*grain), load(y))); }
 
 // 2^r for |r| <= 1/2, the best of its degree.
 constexpr float kPower[] = {1.5353361960e-4f, 1.3398875017e-3f, 9.6184369177e-3f, 5.5503323674e-2f,
                             2.4022647738e-1f, 6.9314718246e-1f, 1};
 
-// e^x of N vectors with x <= 80, in step since each is one long chain: 0 below -87, NaN for NaN; to a unit in the last
+// e^x of N vectors with x <= 80, in step since each is one long chain: 0 below -87, NaN for NaN; to a grain in the last
 // place, and one more for each 10 that x lies below 0.
 template <int N>
 inline void exp_below(vec (&x)[N]) {
@@ -58,12 +91,12 @@ inline void exp_below(vec (&x)[N]) {
 }
 
 // Adds x times some vectors to a row's sums; one vector reads x from memory, more of them from a register.
-template <int N>
-inline void add_row(vec (&sums)[N], const vec (&by)[N], const float* x) {
+template <int N, class Sum, class Wide, class Number>
+inline void add_row(Sum (&sums)[N], const Wide (&by)[N], const Number* x) {
     if constexpr (N == 1) {
         sums[0] = add_product(sums[0], by[0], x);
     } else {
-        const vec number = splat(*x);
+        const Sum number = same(*x);
         WH_UNROLL for (int j = 0; j < N; j++) sums[j] = add_product(sums[j], by[j], number);
     }
 }
@@ -92,40 +125,53 @@ void with_fetches(const char* next, size_t apart, int streams, int passes, int i
     }
 }
 
+// Query rows, side by side in groups of kQueryRows.
+template <class T>
+struct Queries {
+    const Number<T>* numbers;  // [rows/kQueryRows][steps][kQueryRows]
+    const float* grain;         // [rows], what 1 is worth, where numbers are integers
+    int steps;                 // of numbers that are multiplied together
+
+    Queries from(int row) const {
+        const int group = row / kQueryRows * kQueryRows;
+        return {numbers + group * steps + row - group, grain + row, steps};
+    }
+};
+
 // Scores of ROWS queries and BLOCKS blocks; F lines are fetched when so much of a block was read.
 template <int ROWS, int BLOCKS, int F, class T>
-void score(const float* q, int dim, const T* const* k, Ahead ahead, float* s) {
+void score(Queries<T> q, const T* const* k, Ahead ahead, float* s) {
     constexpr int kAtOnce = kLine / (kBlock * sizeof(T));
-    vec sums[ROWS][BLOCKS * kPer] = {};
+    Sum<T> sums[ROWS][BLOCKS * kPer] = {};
     const auto step = [&](int d) {
-        vec key[BLOCKS * kPer];
+        decltype(widen(*k)) key[BLOCKS * kPer];
         WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++)
             key[j] = widen(k[j / kPer] + d * kBlock + j % kPer * kLanes);
-        WH_UNROLL for (int r = 0; r < ROWS; r++) add_row(sums[r], key, q + d * kQueryRows + r);
+        WH_UNROLL for (int r = 0; r < ROWS; r++) add_row(sums[r], key, q.numbers + d * kQueryRows + r);
     };
     int d = 0;
-    for (; d + kAtOnce <= dim; d += kAtOnce) {
+    for (; d + kAtOnce <= q.steps; d += kAtOnce) {
         fetch<F>(ahead, d * kBlock * sizeof(T));
         WH_UNROLL for (int i = 0; i < kAtOnce; i++) step(d + i);
     }
-    for (; d < dim; d++) step(d);
+    for (; d < q.steps; d++) step(d);
     WH_UNROLL for (int r = 0; r < ROWS; r++)
-        WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) store(s + r * kSpan + j * kLanes, sums[r][j]);
+        WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) store(s + r * kSpan + j * kLanes, worth(sums[r][j], q.grain + r));
 }
 
 // Pass number `pass` of `passes` over all blocks, with the next rows each.
 template <int ROWS, class T>
-void score_rows(const float* q, int dim, int rows, const T* const* k, int blocks, const char* next, int pass,
-                int passes, float* s) {
+void score_rows(Queries<T> q, int rows, const T* const* k, int blocks, const char* next, int pass, int passes,
+                float* s) {
     if constexpr (ROWS > 0) {
-        if (rows < ROWS) return score_rows<ROWS - 1>(q, dim, rows, k, blocks, next, pass, passes, s);
+        if (rows < ROWS) return score_rows<ROWS - 1>(q, rows, k, blocks, next, pass, passes, s);
         constexpr int kAtOnce = blocks_at_once(ROWS);
-        const size_t bytes = dim * kBlock * sizeof(T);
+        const size_t bytes = q.steps * kBlock * sizeof(T);
         // blocks beyond the last are copies of it, whose scores nobody reads
         for (int b = 0; b < blocks; b += kAtOnce) {
             const char* more = next ? next + b * bytes : nullptr;
             with_fetches(more, bytes, kAtOnce, passes, pass, [&](auto lines, Ahead ahead) {
-                score<ROWS, kAtOnce, decltype(lines)::value>(q, dim, k + b, ahead, s + b * kBlock);
+                score<ROWS, kAtOnce, decltype(lines)::value>(q, k + b, ahead, s + b * kBlock);
             });
         }
     }
@@ -136,45 +182,54 @@ template <class T>
 constexpr int kScoreRows = kLanes == 16 && sizeof(T) == sizeof(float) ? 6 : kQueryRows;
 
 template <class T>
-void score_all(const float* q, int dim, int rows, const T* const* k, int blocks, const char* next, float* s) {
+void score_all(Queries<T> q, int rows, const T* const* k, int blocks, const char* next, float* s) {
     for (int first = 0; first < rows; first += kQueryRows) {
         const int some = std::min(kQueryRows, rows - first), passes = (some + kScoreRows<T> - 1) / kScoreRows<T>;
         for (int pass = 0; pass < passes; pass++) {
             const int r0 = some * pass / passes, r1 = some * (pass + 1) / passes;
-            score_rows<kScoreRows<T>>(q + first * dim + r0, dim, r1 - r0, k, blocks, first ? nullptr : next, pass,
-                                      passes, s + (first + r0) * kSpan);
+            score_rows<kScoreRows<T>>(q.from(first + r0), r1 - r0, k, blocks, first ? nullptr : next, pass, passes,
+                                      s + (first + r0) * kSpan);
         }
     }
 }
 
-// Keys whose values in COLS vectors fill a cache line, or more.
+// Weights of a span's keys, for each row.
+template <class T>
+struct Weights {
+    const Number<T>* numbers;  // [rows][kRow]
+    const float* grain;         // [rows], as in Queries
+
+    Weights from(int row) const { return {numbers + row * kRow<T>, grain + row}; }
+};
+
+// Steps whose values in COLS vectors fill a cache line, or more.
 template <int COLS, class T>
-constexpr int kKeysALine = COLS * kLanes * sizeof(T) < kLine ? kLine / (COLS * kLanes * sizeof(T)) : 1;
+constexpr int kStepsALine = COLS * kLanes * sizeof(T) < kLine ? kLine / (COLS * kLanes * sizeof(T)) : 1;
 
 // Adds the values of `blocks` blocks, weighted by w, to COLS vectors of ROWS sums; with F, lines are fetched.
 template <int ROWS, int COLS, int F, class T>
-void add_values(const float* w, const T* const* v, int wide, int blocks, Ahead ahead, float* y) {
-    constexpr int kAtOnce = kKeysALine<COLS, T>;
-    vec sums[ROWS][COLS];
+void add_values(Weights<T> w, const T* const* v, int wide, int blocks, Ahead ahead, float* y) {
+    constexpr int kAtOnce = kStepsALine<COLS, T>;
+    Sum<T> sums[ROWS][COLS];
     WH_UNROLL for (int r = 0; r < ROWS; r++)
-        WH_UNROLL for (int c = 0; c < COLS; c++) sums[r][c] = load(y + r * wide + c * kLanes);
-    const auto step = [&](int b, int key) {
-        vec value[COLS];
-        WH_UNROLL for (int c = 0; c < COLS; c++) value[c] = widen(v[b] + key * wide + c * kLanes);
-        WH_UNROLL for (int r = 0; r < ROWS; r++) add_row(sums[r], value, w + r * kSpan + b * kBlock + key);
+        WH_UNROLL for (int c = 0; c < COLS; c++) begin(sums[r][c], y + r * wide + c * kLanes);
+    const auto step = [&](int b, int i) {
+        decltype(widen(*v)) value[COLS];
+        WH_UNROLL for (int c = 0; c < COLS; c++) value[c] = widen(v[b] + i * wide + c * kLanes);
+        WH_UNROLL for (int r = 0; r < ROWS; r++) add_row(sums[r], value, w.numbers + r * kRow<T> + b * kSteps<T> + i);
     };
     for (int b = 0; b < blocks; b++) {
-        for (int key = 0; key < kBlock; key += kAtOnce) {
-            fetch<F>(ahead, (b * kBlock + key) * COLS * kLanes * sizeof(T));
-            WH_UNROLL for (int i = 0; i < kAtOnce; i++) step(b, key + i);
+        for (int i = 0; i < kSteps<T>; i += kAtOnce) {
+            fetch<F>(ahead, (b * kSteps<T> + i) * COLS * kLanes * sizeof(T));
+            WH_UNROLL for (int j = 0; j < kAtOnce; j++) step(b, i + j);
         }
     }
     WH_UNROLL for (int r = 0; r < ROWS; r++)
-        WH_UNROLL for (int c = 0; c < COLS; c++) store(y + r * wide + c * kLanes, sums[r][c]);
+        WH_UNROLL for (int c = 0; c < COLS; c++) end(sums[r][c], w.grain + r, y + r * wide + c * kLanes);
 }
 
 template <int ROWS, int COLS, int F, class T>
-void add_rows(const float* w, int rows, const T* const* v, int wide, int blocks, Ahead ahead, float* y) {
+void add_rows(Weights<T> w, int rows, const T* const* v, int wide, int blocks, Ahead ahead, float* y) {
     if constexpr (ROWS > 0) {
         if (rows < ROWS) return add_rows<ROWS - 1, COLS, F>(w, rows, v, wide, blocks, ahead, y);
         add_values<ROWS, COLS, F>(w, v, wide, blocks, ahead, y);
@@ -186,16 +241,16 @@ constexpr int rows_at_once(int cols) { return std::min(kSums / cols, kLanes == 1
 
 // Columns from `column` on; what is fetched lies one after the other, so that all columns fetch alike.
 template <int COLS, class T>
-void add_columns(const float* w, int rows, const T* const* v, int column, int wide, int blocks, const char* next, float* y) {
-    constexpr int kLines = COLS * kLanes * sizeof(T) * kKeysALine<COLS, T> / kLine;
+void add_columns(Weights<T> w, int rows, const T* const* v, int column, int wide, int blocks, const char* next, float* y) {
+    constexpr int kLines = COLS * kLanes * sizeof(T) * kStepsALine<COLS, T> / kLine;
     const int passes = (rows + rows_at_once(COLS) - 1) / rows_at_once(COLS);
-    const char* more = next ? next + static_cast<size_t>(column) * blocks * kBlock * sizeof(T) : nullptr;
+    const char* more = next ? next + static_cast<size_t>(column) * blocks * kSteps<T> * sizeof(T) : nullptr;
     const T* at[kBlocks];
     for (int b = 0; b < blocks; b++) at[b] = v[b] + column;
     for (int pass = 0; pass < passes; pass++) {
         const int r0 = rows * pass / passes, r1 = rows * (pass + 1) / passes;
         with_fetches(more, kLine, kLines, passes, pass, [&](auto lines, Ahead ahead) {
-            add_rows<rows_at_once(COLS), COLS, decltype(lines)::value>(w + r0 * kSpan, r1 - r0, at, wide, blocks, ahead,
+            add_rows<rows_at_once(COLS), COLS, decltype(lines)::value>(w.from(r0), r1 - r0, at, wide, blocks, ahead,
                                                                      y + r0 * wide + column);
         });
     }
@@ -203,7 +258,7 @@ void add_columns(const float* w, int rows, const T* const* v, int column, int wi
 
 // Values that must be widened are taken by few columns for many rows.
 template <class T>
-void add(const float* w, int rows, const T* const* v, int wide, int blocks, const char* next, float* y) {
+void add(Weights<T> w, int rows, const T* const* v, int wide, int blocks, const char* next, float* y) {
     const bool tall = kLanes == 16 && sizeof(T) < sizeof(float);
     int c = 0;
     if (!tall || rows <= rows_at_once(4))
@@ -312,6 +367,22 @@ WH_INLINE void weigh(const Tile& tile, int row, int wide, int count, float* s, R
     running.total[row] = sum;
 }
 
+// Weights times the scales of their values: floats, or what they are in pairs of integers.
+WH_INLINE void scale_weights(const float* v_scale, const Span& span, float* row, int16_t* shorts, float* grain) {
+    vec most = {};
+    for (int b = 0; b < span.count; b++) {
+        for (int i = 0; i < kBlock; i += kLanes) {
+            const vec w = load(row + b * kBlock + i) * load(v_scale + span.slot[b] + i);
+            store(row + b * kBlock + i, w);
+            most = max(w, most);  // no NaN stays: the sum of the weights has it
+        }
+    }
+    const float top = reduce_max(most);
+    *grain = top / kShort;
+    const vec factor = splat(top > kLeast ? kShort / top : 0);
+    for (int i = 0; i < span.count * kBlock; i += kLanes) store_shorts(shorts + i, round_to_int(load(row + i) * factor));
+}
+
 // Blocks of keys and values in float32, one after the other.
 template <class T>
 void copy_blocks(const T* const* from, int count, size_t each, float* to, const float** blocks) {
@@ -331,40 +402,46 @@ template <class T>
 void read_blocks(const Tile& tile, const Keys& keys, Reach reach, const Span& span, bool plain, const T* const* k,
                  const T* const* v, Next next, Running& running) {
     alignas(64) float s[kTileRows * kSpan];
+    const Queries<T> q{static_cast<const Number<T>*>(tile.q), tile.grain, steps_of<T>(keys.dim)};
     const int wide = round_up(keys.dim, kBlock), count = span.count * kBlock;
-    score_all(tile.q, keys.dim, tile.rows, k, span.count, next.k, s);
+    score_all(q, tile.rows, k, span.count, next.k, s);
     for (int r = 0; r < tile.rows; r++) {
-        float* row = s + r * kSpan;
-        if (!plain) adjust(tile, r, keys, reach, span, row);
-        weigh(tile, r, wide, count, row, running);
-        if (keys.v_scale)
-            for (int b = 0; b < span.count; b++)
-                for (int i = 0; i < kBlock; i += kLanes)
-                    store(row + b * kBlock + i, load(row + b * kBlock + i) * load(keys.v_scale + span.slot[b] + i));
+        if (!plain) adjust(tile, r, keys, reach, span, s + r * kSpan);
+        weigh(tile, r, wide, count, s + r * kSpan, running);
     }
-    add(s, tile.rows, v, wide, span.count, next.v, tile.y);
+    if constexpr (std::is_same_v<T, Pair>) {
+        alignas(64) int32_t pairs[kTileRows * kRow<Pair>];
+        float grain[kTileRows];
+        for (int r = 0; r < tile.rows; r++)
+            scale_weights(keys.v_scale, span, s + r * kSpan, reinterpret_cast<int16_t*>(pairs + r * kRow<Pair>), grain + r);
+        add(Weights<T>{pairs, grain}, tile.rows, v, wide, span.count, next.v, tile.y);
+    } else {
+        add(Weights<T>{s, nullptr}, tile.rows, v, wide, span.count, next.v, tile.y);
+    }
 }
 
 template <class T>
 void read_span(const Tile& tile, const Keys& keys, Reach reach, const Span& span, bool plain, int slot, int last,
                Running& running) {
-    const size_t D = keys.dim, wide = round_up(keys.dim, kBlock);
+    const size_t steps = steps_of<T>(keys.dim), wide = round_up(keys.dim, kBlock);
     const T *k[kBlocks + 1], *v[kBlocks + 1];
     const auto at = [&](int slot, int b) {
-        k[b] = static_cast<const T*>(keys.k) + static_cast<size_t>(slot) * D;
-        v[b] = static_cast<const T*>(keys.v) + static_cast<size_t>(slot) * wide;
+        k[b] = static_cast<const T*>(keys.k) + static_cast<size_t>(slot) * steps;
+        v[b] = static_cast<const T*>(keys.v) + static_cast<size_t>(slot) / kTogether<T> * wide;
     };
     for (int b = 0; b < kBlocks; b++) at(span.slot[std::min(b, span.count - 1)], b);
-    if (sizeof(T) == sizeof(float) || tile.rows < kCopied) {
-        at(slot, kBlocks);
-        const Next next = slot < last ? Next{reinterpret_cast<const char*>(k[kBlocks]), reinterpret_cast<const char*>(v[kBlocks])}
-                                      : Next{static_cast<const char*>(keys.next_k), static_cast<const char*>(keys.next_v)};
-        return read_blocks(tile, keys, reach, span, plain, k, v, next, running);
+    if constexpr (std::is_same_v<T, uint16_t>) {
+        if (tile.rows >= kCopied) {
+            const float *keys_copy[kBlocks], *values_copy[kBlocks];
+            copy_blocks(k, span.count, kBlock * steps, tile.spare, keys_copy);
+            copy_blocks(v, span.count, kBlock * wide, tile.spare + kSpan * steps, values_copy);
+            return read_blocks<float>(tile, keys, reach, span, plain, keys_copy, values_copy, {nullptr, nullptr}, running);
+        }
     }
-    const float *keys_copy[kBlocks], *values_copy[kBlocks];
-    copy_blocks(k, span.count, kBlock * D, tile.spare, keys_copy);
-    copy_blocks(v, span.count, kBlock * wide, tile.spare + kSpan * D, values_copy);
-    read_blocks(tile, keys, reach, span, plain, keys_copy, values_copy, {nullptr, nullptr}, running);
+    at(slot, kBlocks);
+    const Next next = slot < last ? Next{reinterpret_cast<const char*>(k[kBlocks]), reinterpret_cast<const char*>(v[kBlocks])}
+                                  : Next{static_cast<const char*>(keys.next_k), static_cast<const char*>(keys.next_v)};
+    read_blocks(tile, keys, reach, span, plain, k, v, next, running);
 }
 
 template <class T>
@@ -396,7 +473,7 @@ void attend(const Tile& tile, const Keys& keys, Reach reach, int first, int last
     else if (keys.format == WH_BFLOAT16)
         read_slots<uint16_t>(tile, keys, reach, first, last, running);
     else
-        read_slots<int8_t>(tile, keys, reach, first, last, running);
+        read_slots<Pair>(tile, keys, reach, first, last, running);
     for (int row = 0; row < tile.rows; row++) {
         tile.top[row] = running.top[row];
         tile.total[row] = reduce_add(running.total[row]);

@@ -13,12 +13,13 @@ constexpr int kTileRows = 96;  // query rows that read a block of keys while it 
 constexpr int kQueryRows = kLanes == 16 ? 16 : kLanes == 8 ? 6 : 3;  // of them at once, their sums in registers
 constexpr int kSpan = 64;      // keys whose scores stand together
 
-// One key/value head of one row of the batch, as the cache keeps it.
+// One key/value head of one row of the batch, as the cache keeps it: with WH_INT8 in pairs, of numbers of a key, and of
+// numbers of two keys' values.
 struct Keys {
     int format;                      // WH_FLOAT32, WH_BFLOAT16 or WH_INT8
     int dim;                         // width of a head; values are padded to a multiple of 16
-    const void* k;                   // [slots/16][dim][16]
-    const void* v;                   // [slots][padded dim]
+    const void* k;                   // [slots/16][dim][16], or pairs: [slots/16][dim/2][16]
+    const void* v;                   // [slots][padded dim], or pairs: [slots/2][padded dim]
     const float *k_scale, *v_scale;  // [slots], with WH_INT8
     const int32_t* pos;              // [slots], -1 = empty
     const void *next_k, *next_v;     // what is read after these: fetched ahead
@@ -32,10 +33,11 @@ struct Reach {
 // Query rows and what attention gives for them.
 struct Tile {
     int rows;
-    const float* q;      // [rows/kQueryRows][dim][kQueryRows], scaled
+    const void* q;       // [rows/kQueryRows][dim][kQueryRows] floats, scaled; for pairs [..][dim/2][..] int32_t
+    const float* grain;  // [rows], for pairs: what 1 is worth
     const int32_t* pos;  // [rows]
     const float* slope;  // [rows], of the penalty on distance; null: none
-    float* spare;        // [kSpan][dim + padded dim], for keys and values that many rows read
+    float* spare;        // [kSpan][dim + padded dim], for 16 bits that many rows read
     float* y;            // [rows][padded dim], weighted sums of values
     float* top;          // [rows], about the largest score, -infinity where nothing was read
     float* total;        // [rows], the sum of the weights exp(score - top)

@@ -222,8 +222,26 @@ void multiply_float(const wh_matrix& w, const float* x, int rows, const Area& ar
     }
 }
 
+// Whatever stands between two blocks of one row, memory waits for.
+template <Bytes F>
+void multiply_row(const wh_matrix& w, const void* scratch, const Area& area, Output out) {
+    const int groups = padded(w) / kGroup;
+    const size_t bytes = static_cast<size_t>(groups) * group_bytes(F), scales = static_cast<size_t>(groups) * group_scales(F);
+    const Quantised x = quantised(w, scratch, 0, 1);
+    float* const y = out.y;
+    for (int n = area.n0; n < area.n1; n += kBlock) {
+        const uint8_t* weights = static_cast<const uint8_t*>(w.data) + n / kBlock * bytes;
+        out.y = y + n;
+        out.n = std::min(kBlock, area.n1 - n);
+        out.bias = w.bias ? w.bias + n : nullptr;
+        out.ahead[0] = reinterpret_cast<const char*>(weights) + kAhead;
+        byte_tile<F, 1, 1, true>(weights, bytes, static_cast<const uint16_t*>(w.scales) + n / kBlock * scales, scales, x, groups, out);
+    }
+}
+
 template <Bytes F>
 void multiply_bytes(const wh_matrix& w, const void* scratch, int rows, const Area& area, const Output& all) {
+    if (rows == 1) return multiply_row<F>(w, scratch, area, all);
     static constexpr auto narrow = byte_tiles<F, 1, true>(std::make_index_sequence<kByteRows>());
     static constexpr auto wide = byte_tiles<F, kByteBlocks, true>(std::make_index_sequence<kByteRows>());
     static constexpr auto still = byte_tiles<F, kByteBlocks, false>(std::make_index_sequence<kByteRows>());

@@ -18,21 +18,55 @@ size_t scratch_numbers(int dim) {
     return static_cast<size_t>(round_up(kTileRows, kQueryRows)) * dim + static_cast<size_t>(kSpan) * (dim + round_up(dim, kBlock));
 }
 
-// to[d * kQueryRows + row] = scale * from[row][d]
-void pack_queries(const float* const* from, int rows, int dim, float scale, float* to) {
+// to[d * kQueryRows + row] = from[row][d], for numbers of 32 bits of whatever kind.
+template <class Number>
+void interleave(const Number* const* from, int rows, int count, Number* to) {
     int d = 0;
-    for (; rows >= 4 && d + 4 <= dim; d += 4) {
+    for (; rows >= 4 && d + 4 <= count; d += 4) {
         for (int row = 0; row < rows; row += 4) {
             const int first = std::min(row, rows - 4);  // the last four may overlap those before
             vec4 lines[4];
-            for (int i = 0; i < 4; i++) lines[i] = scale * load_as<vec4>(from[first + i] + d);
+            for (int i = 0; i < 4; i++) lines[i] = load_as<vec4>(from[first + i] + d);
             transpose4(lines);
             for (int i = 0; i < 4; i++) std::memcpy(to + (d + i) * kQueryRows + first, lines + i, sizeof lines[i]);
         }
     }
-    for (; d < dim; d++) {
-        for (int row = 0; row < rows; row++) to[d * kQueryRows + row] = scale * from[row][d];
+    for (; d < count; d++) {
+        for (int row = 0; row < rows; row++) to[d * kQueryRows + row] = from[row][d];
     }
+}
+
+// Rounds to integers of 16 bits, so few that no sum of `dim` products with 8 bits overflows: what 1 is worth.
+float round_row(const float* from, int dim, float scale, int16_t* to) {
+    const float limit = std::min(32767.0f, std::floor(2147483647.0f / 128 / dim));
+    vec most = {}, wrong = {};
+    for (int d = 0; d < dim; d += kLanes) {
+        const vec x = load_some(from + d, dim - d);
+        most = max(max(x, -x), most);
+        wrong += x * splat(0);  // a NaN or an infinity
+    }
+    const float top = reduce_max(most);
+    const vec factor = splat(top > 1e-30f ? limit / top : 0);
+    for (int d = 0; d < dim; d += kLanes) store_shorts(to + d, round_to_int(load_some(from + d, dim - d) * factor));
+    return scale * (top / limit) + reduce_add(wrong);
+}
+
+// Scaled queries as a tile wants them: to[d][row].
+void pack_queries(const float* const* from, int rows, int dim, float scale, float* to) {
+    interleave(from, rows, dim, to);
+    for (int i = 0; i < dim * kQueryRows; i++) to[i] *= scale;
+}
+
+// The same as pairs of integers, and what those of each row are worth.
+void pack_pairs(const float* const* from, int rows, int dim, float scale, void* spare, void* to, float* grain) {
+    const int apart = round_up(dim, kBlock) / 2;
+    const int32_t* pairs[kQueryRows];
+    for (int row = 0; row < rows; row++) {
+        int32_t* line = static_cast<int32_t*>(spare) + row * apart;
+        grain[row] = round_row(from[row], dim, scale, reinterpret_cast<int16_t*>(line));
+        pairs[row] = line;
+    }
+    interleave(pairs, rows, (dim + 1) / 2, static_cast<int32_t*>(to));
 }
 
 }  // namespace
@@ -85,17 +119,22 @@ int Lookup::first_slot(const Part& part, int split) const {
     return std::min(part.slots, split * round_up((part.slots + splits_ - 1) / splits_, kBlock));
 }
 
-size_t Lookup::number_bytes() const { return cache_.format == WH_FLOAT32 ? 4 : cache_.format == WH_BFLOAT16 ? 2 : 1; }
+size_t Lookup::key_bytes() const {
+    const size_t D = cache_.head_dim;
+    return cache_.format == WH_FLOAT32 ? 4 * D : cache_.format == WH_BFLOAT16 ? 2 * D : round_up(D, 2);
+}
+
+size_t Lookup::value_bytes() const { return wide_ * (cache_.format == WH_FLOAT32 ? 4 : cache_.format == WH_BFLOAT16 ? 2 : 1); }
 
 Keys Lookup::keys_at(const Part& part, int head, const Look& look) const {
     const int row = tokens_[part.token].row;
-    const size_t slots = cache_.slots, bytes = number_bytes();
+    const size_t slots = cache_.slots;
     const size_t first = ((static_cast<size_t>(row) * cache_.layers + look.layer) * cache_.kv_heads + head) * slots;
     return {
         cache_.format,
         cache_.head_dim,
-        static_cast<const char*>(cache_.k) + first * cache_.head_dim * bytes,
-        static_cast<const char*>(cache_.v) + first * wide_ * bytes,
+        static_cast<const char*>(cache_.k) + first * key_bytes(),
+        static_cast<const char*>(cache_.v) + first * value_bytes(),
         cache_.k_scale ? cache_.k_scale + first : nullptr,
         cache_.v_scale ? cache_.v_scale + first : nullptr,
         cache_.pos + row * slots,
@@ -108,8 +147,9 @@ void Lookup::read_part(size_t unit, const Look& look, const float* q, int apart,
     const auto [part_number, head, split] = place(unit);
     const Part& part = parts_[part_number];
     const int D = cache_.head_dim, rows = part.last - part.first;
+    const bool pairs = cache_.format == WH_INT8;
     int pos[kTileRows];
-    float slope[kTileRows];
+    float slope[kTileRows], grain[kTileRows];
     const float* from[kTileRows];
     for (int r = 0; r < rows; r++) {
         const int token = part.token + (part.first + r) / group_;
@@ -118,21 +158,27 @@ void Lookup::read_part(size_t unit, const Look& look, const float* q, int apart,
         pos[r] = tokens_[token].pos;
         if (look.slopes) slope[r] = look.slopes[query_head];
     }
+    float* spare = scratch + static_cast<size_t>(round_up(kTileRows, kQueryRows)) * D;
+    const auto pack = [&](int r, int some) {
+        if (pairs)
+            pack_pairs(from + r, some, D, look.scale, spare, scratch + r * ((D + 1) / 2), grain + r);
+        else
+            pack_queries(from + r, some, D, look.scale, scratch + r * D);
+    };
     for (int r = 0; r < rows; r += kQueryRows)
-        pack_queries(from + r, std::min(kQueryRows, rows - r), D, look.scale, scratch + r * D);
+        pack(r, std::min(kQueryRows, rows - r));
     const int begin = first_slot(part, split), end = first_slot(part, split + 1);
     Keys keys = keys_at(part, head, look);
     if (unit + 1 < parts_.size() * cache_.kv_heads * splits_) {  // as a rule this thread's next
         const Place next = place(unit + 1);
         const Keys other = keys_at(parts_[next.part], next.head, look);
-        const size_t slot = first_slot(parts_[next.part], next.split), bytes = number_bytes();
-        keys.next_k = static_cast<const char*>(other.k) + slot * D * bytes;
-        keys.next_v = static_cast<const char*>(other.v) + slot * wide_ * bytes;
+        const size_t slot = first_slot(parts_[next.part], next.split);
+        keys.next_k = static_cast<const char*>(other.k) + slot * key_bytes();
+        keys.next_v = static_cast<const char*>(other.v) + slot * value_bytes();
     }
     const size_t at = unit * rows_;
-    float* spare = scratch + static_cast<size_t>(round_up(kTileRows, kQueryRows)) * D;
     const Tile tile{
-        rows,  scratch,
+        rows,  scratch, grain,
         pos,   look.slopes ? slope : nullptr,
         spare, y_.data() + at * wide_,
         top_.data() + at, total_.data() + at,

@@ -54,7 +54,8 @@ class Lookup {
 
     Place place(size_t unit) const;
     int first_slot(const Part& part, int split) const;
-    size_t number_bytes() const;
+    size_t key_bytes() const;  // of a slot
+    size_t value_bytes() const;
     Keys keys_at(const Part& part, int head, const Look& look) const;
     void read_part(size_t unit, const Look& look, const float* q, int apart, float* scratch);
 

@@ -70,27 +70,24 @@ void activate_as(bool gated, const float* x, int n, float* y) {
     for (; i < n; i++) y[i] = active<KIND>(splat(x[i]))[0];
 }
 
-inline uint16_t to_bf16(float x) {
-    uint16_t all[kLanes];
-    store_bf16(all, splat(x));
-    return all[0];
-}
-
-// Stores n numbers `apart` elements from each other.
-void put(int format, void* to, size_t at, int apart, const float* x, int n, float* scale) {
+// Stores number i of n at to[at(i)].
+template <class At>
+void put(int format, void* to, const float* x, int n, float* scale, const At& at) {
     if (format == WH_FLOAT32) {
-        float* out = static_cast<float*>(to) + at;
-        for (int i = 0; i < n; i++) out[static_cast<size_t>(i) * apart] = x[i];
+        for (int i = 0; i < n; i++) static_cast<float*>(to)[at(i)] = x[i];
     } else if (format == WH_BFLOAT16) {
-        uint16_t* out = static_cast<uint16_t*>(to) + at;
-        for (int i = 0; i < n; i++) out[static_cast<size_t>(i) * apart] = to_bf16(x[i]);
+        for (int i = 0, some; i < n; i += some) {
+            uint16_t rounded[kLanes];
+            some = std::min(kLanes, n - i);
+            store_bf16(rounded, load_some(x + i, some));
+            for (int j = 0; j < some; j++) static_cast<uint16_t*>(to)[at(i + j)] = rounded[j];
+        }
     } else {
-        int8_t* out = static_cast<int8_t*>(to) + at;
         float most = 0;
         for (int i = 0; i < n; i++) most = std::max(most, std::fabs(x[i]));
         *scale = most / 127;
         const float divisor = std::max(*scale, 1e-30f);
-        for (int i = 0; i < n; i++) out[static_cast<size_t>(i) * apart] = static_cast<int8_t>(std::nearbyint(x[i] / divisor));
+        for (int i = 0; i < n; i++) static_cast<int8_t*>(to)[at(i)] = static_cast<int8_t>(std::nearbyint(x[i] / divisor));
     }
 }
 
@@ -141,8 +138,12 @@ void store_key_value(const wh_cache& cache, int row, int layer, int head, int sl
     const size_t first = place * cache.slots, at = first + slot;
     float* k_scale = cache.k_scale ? cache.k_scale + at : nullptr;
     float* v_scale = cache.v_scale ? cache.v_scale + at : nullptr;
-    put(cache.format, cache.k, (first + slot / kBlock * kBlock) * D + slot % kBlock, kBlock, k, D, k_scale);
-    put(cache.format, cache.v, at * wide, 1, v, D, v_scale);
+    const int together = cache.format == WH_INT8 ? 2 : 1;  // numbers of a key, or keys of a value
+    const size_t keys = (first + slot / kBlock * kBlock) * round_up(D, together), lane = slot % kBlock * together;
+    const size_t values = at / together * together * wide + at % together;
+    put(cache.format, cache.k, k, D, k_scale,
+        [&](size_t i) { return keys + i / together * together * kBlock + lane + i % together; });
+    put(cache.format, cache.v, v, D, v_scale, [&](size_t i) { return values + i * together; });
 }
 
 }  // namespace wh

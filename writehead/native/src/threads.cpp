@@ -2,11 +2,15 @@
 
 #include <unistd.h>
 
+#include <chrono>
+
 namespace wh {
 
 namespace {
 
-constexpr int kSpins = 1000;  // some 50 us: longer than the usual wait inside a step, shorter than a lost core
+typedef std::chrono::steady_clock Clock;
+constexpr auto kPatience = std::chrono::microseconds(50);  // longer than the usual wait inside a step, shorter than a lost core
+constexpr int kLooks = 16;  // before the clock is asked: how long a pause is differs tenfold between processors
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -20,10 +24,14 @@ inline void pause() {
 
 template <class Condition>
 void Team::Bed::wait(const Condition& holds) {
-    for (int i = 0; i < kSpins; i++) {
-        if (holds()) return;
-        pause();
-    }
+    if (holds()) return;
+    const Clock::time_point end = Clock::now() + kPatience;
+    do {
+        for (int i = 0; i < kLooks; i++) {
+            if (holds()) return;
+            pause();
+        }
+    } while (Clock::now() < end);
     std::unique_lock<std::mutex> lock(mutex);
     sleepers.fetch_add(1);
     woken.wait(lock, holds);
@@ -79,36 +87,37 @@ void Team::lead(const Job& job) {
         abandon();
         start();
     }
-    const uint32_t number = number_.load(std::memory_order_relaxed) + 1;
-    call_.store(job.call, std::memory_order_relaxed);
-    closure_.store(job.closure, std::memory_order_relaxed);
-    pieces_.store(job.pieces, std::memory_order_relaxed);
+    const uint32_t number = shares_[0].number() + 1;
     undone_.store(job.pieces, std::memory_order_relaxed);
     for (int t = 0; t < threads_; t++) {
         const uint64_t all = job.pieces;
         const uint64_t left = all * (t + 1) / threads_ - all * t / threads_;
-        shares_[t].left.store(static_cast<uint64_t>(number) << 32 | left, std::memory_order_release);
+        shares_[t].call.store(job.call, std::memory_order_relaxed);
+        shares_[t].closure.store(job.closure, std::memory_order_relaxed);
+        shares_[t].pieces.store(job.pieces, std::memory_order_relaxed);
+        shares_[t].left.store(static_cast<uint64_t>(number) << 32 | left);
     }
-    number_.store(number);
     helpers_bed_->wake();
     work(number, job, 0);
     leader_bed_->wait([&] { return undone_.load() == 0; });
 }
 
 void Team::help(int thread) {
-    uint32_t seen = number_.load();
+    const Share& own = shares_[thread];
+    uint32_t seen = own.number();
     for (;;) {
-        helpers_bed_->wait([&] { return number_.load() != seen || stopping_.load(); });
+        helpers_bed_->wait([&] { return own.number() != seen || stopping_.load(); });
         if (stopping_.load()) return;
-        seen = number_.load();
-        work(seen, {call_.load(std::memory_order_relaxed), closure_.load(std::memory_order_relaxed),
-                    pieces_.load(std::memory_order_relaxed)},
+        seen = own.number();
+        work(seen, {own.call.load(std::memory_order_relaxed), own.closure.load(std::memory_order_relaxed),
+                    own.pieces.load(std::memory_order_relaxed)},
              thread);
     }
 }
 
 // Its own share first, so that memory is read in long runs, then what others have left.
 void Team::work(uint32_t number, const Job& job, int thread) {
+    int done = 0;
     for (int turn = 0; turn < threads_; turn++) {
         const int owner = (thread + turn) % threads_;
         std::atomic<uint64_t>& share = shares_[owner].left;
@@ -117,10 +126,11 @@ void Team::work(uint32_t number, const Job& job, int thread) {
         while (left >> 32 == number && static_cast<uint32_t>(left) > 0) {
             if (!share.compare_exchange_weak(left, left - 1)) continue;
             job.call(job.closure, end - static_cast<int>(static_cast<uint32_t>(left)), thread);
-            if (undone_.fetch_sub(1) == 1) leader_bed_->wake();
+            done++;
             left = share.load(std::memory_order_relaxed);
         }
     }
+    if (done > 0 && undone_.fetch_sub(done) == done) leader_bed_->wake();
 }
 
 }  // namespace wh

@@ -54,10 +54,17 @@ class Team {
         int pieces = 0;
     };
 
-    // The pieces that stand to one thread: the job in the upper half, how many are unclaimed in the lower. A claim
-    // lowers the number if the job is still the same, so nobody claims a piece of a job that is over.
+    // What one thread needs to know of the job of the moment, in one cache line, and the pieces that stand to it: the
+    // job's number in the upper half, how many are unclaimed in the lower. A claim lowers that if the job is still the
+    // same, so nobody claims a piece of a job that is over; the rest may be read while the next job is written, but then
+    // the claim fails.
     struct alignas(64) Share {
         std::atomic<uint64_t> left{0};
+        std::atomic<Call> call{nullptr};
+        std::atomic<const void*> closure{nullptr};
+        std::atomic<int> pieces{0};
+
+        uint32_t number() const { return static_cast<uint32_t>(left.load() >> 32); }
     };
 
     // Threads asleep until a condition holds.
@@ -83,11 +90,6 @@ class Team {
     std::vector<std::thread> helpers_;
     std::vector<Share> shares_;
     std::atomic<bool> stopping_{false};
-    // The job of the moment; a helper may read it while the next one is written, but then its claim fails.
-    std::atomic<Call> call_{nullptr};
-    std::atomic<const void*> closure_{nullptr};
-    std::atomic<int> pieces_{0};
-    alignas(64) std::atomic<uint32_t> number_{0};
     alignas(64) std::atomic<int> undone_{0};
     std::unique_ptr<Bed> helpers_bed_{new Bed}, leader_bed_{new Bed};
 };

@@ -37,7 +37,9 @@ typedef int16_t svec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t wvec __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t bvec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t half __attribute__((vector_size(2 * kLanes)));
+typedef int16_t shorts __attribute__((vector_size(2 * kLanes)));
 typedef int8_t quarter __attribute__((vector_size(kLanes)));
+typedef int8_t byte_pairs __attribute__((vector_size(2 * kLanes)));
 
 template <class V, class T>
 inline V load_as(const T* from) {
@@ -47,6 +49,13 @@ inline V load_as(const T* from) {
 }
 
 inline vec load(const float* from) { return load_as<vec>(from); }
+// A vector, or fewer numbers and zeros.
+inline vec load_some(const float* from, int count) {
+    if (count >= kLanes) return load(from);
+    vec x = {};
+    std::memcpy(&x, from, sizeof(float) * count);
+    return x;
+}
 inline void store(float* to, vec v) { std::memcpy(to, &v, sizeof v); }
 inline vec splat(float x) { return x - vec{}; }
 inline ivec splat_int(int32_t x) { return x - ivec{}; }
@@ -90,10 +99,58 @@ inline vec as_float(ivec v) { return (vec)v; }
 inline ivec as_int(vec v) { return (ivec)v; }
 inline vec to_float(ivec v) { return __builtin_convertvector(v, vec); }
 
+// Two small numbers whose products with two others are added at once.
+struct Pair {
+    int8_t first, second;
+};
+
+inline svec load_pairs(const Pair* from) {
+#if defined(__AVX512F__)
+    return (svec)_mm512_cvtepi8_epi16(load_as<__m256i>(from));
+#elif defined(__AVX2__)
+    return (svec)_mm256_cvtepi8_epi16(load_as<__m128i>(from));
+#else
+    return __builtin_convertvector(load_as<byte_pairs>(from), svec);
+#endif
+}
+
+// Adds to each lane of `sum` the products of two pairs of 16 bits.
+inline ivec add_product(ivec sum, svec a, ivec b) {
+#if defined(__AVX512VNNI__)
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+#elif defined(__AVX2__)
+    return sum + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return sum + (ivec)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+    const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+    return sum + (ivec)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+#else
+    return sum + ((ivec)a << 16 >> 16) * (b << 16 >> 16) + ((ivec)a >> 16) * (b >> 16);
+#endif
+}
+
+// The same for a pair in memory.
+inline ivec add_product(ivec sum, svec a, const int32_t* b) {
+#if defined(__AVX512VNNI__)
+    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
+    return sum;
+#else
+    return add_product(sum, a, splat_int(*b));
+#endif
+}
+
 // The nearest integers, halves to even, for |x| < 2^22: what is added pushes the fraction out of the mantissa.
 inline ivec round_to_int(vec x) {
     const vec magic = splat(12582912.0f);
     return as_int(x + magic) - as_int(magic);
+}
+
+// Stores integers of 16 bits.
+inline void store_shorts(int16_t* to, ivec v) {
+    const shorts low = __builtin_convertvector(v, shorts);
+    std::memcpy(to, &low, sizeof low);
 }
 
 inline vec load_bf16(const uint16_t* from) {

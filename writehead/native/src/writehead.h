@@ -66,7 +66,9 @@ typedef struct {
 } wh_model;
 
 // Keys and values of several layers for the rows of a batch, as the kernels read them: k is
-// [rows][layers][kv_heads][slots/16][head_dim][16], v [rows][layers][kv_heads][slots][head_dim to a multiple of 16].
+// [rows][layers][kv_heads][slots/16][head_dim][16], v [rows][layers][kv_heads][slots][head_dim to a multiple of 16]. With
+// WH_INT8 two numbers of a key lie together, k [..][slots/16][head_dim/2][16][2] (a last one alone beside a zero), and
+// those of two keys' values, v [..][slots/2][head_dim to a multiple of 16][2].
 typedef struct {
     int32_t format, layers, heads, kv_heads, head_dim;
     int32_t slots;                   // a multiple of 16
@@ -97,9 +99,10 @@ WH_EXPORT void wh_engine_free(wh_engine* engine);
 // Takes tokens into the caches and gives the logits that are wanted; -1 if memory runs out, else 0.
 WH_EXPORT int32_t wh_step(wh_engine* engine, const wh_call* call);
 
-// Attention alone: y [B][T][heads][head_dim] for q of that shape at positions pos [B][T] over one layer's cache.
-WH_EXPORT int32_t wh_attend(wh_team* team, const wh_cache* cache, int32_t layer, int32_t rows, int32_t tokens,
-                            const float* q, const int32_t* pos, float scale, int32_t window, int32_t lead,
+// Attention alone, over `layers` layers of a cache from `layer` on: y [layers][B][T][heads][head_dim] for one q
+// [B][T][heads][head_dim] at positions pos [B][T].
+WH_EXPORT int32_t wh_attend(wh_team* team, const wh_cache* cache, int32_t layer, int32_t layers, int32_t rows,
+                            int32_t tokens, const float* q, const int32_t* pos, float scale, int32_t window, int32_t lead,
                             const float* slopes, float* y);
 
 #if defined(__cplusplus)
