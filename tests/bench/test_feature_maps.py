@@ -28,8 +28,10 @@ def test_the_tasks_ask_for_what_was_said():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["recall", "copy"])
-@pytest.mark.parametrize("name", ["linear, one write-head", "rfa_gate"])
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("linear, one write-head", "recall"), ("linear, one write-head", "copy"), ("rfa_gate", "recall")],
+)
 def test_recurrent_states_that_are_large_enough_learn(name, task):
     assert learn(LEARN[name], task, steps=200) > 0.95
 

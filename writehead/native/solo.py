@@ -19,8 +19,8 @@ Array = NDArray[Any]
 
 @dataclass
 class SoloCache:
-    """Keys (1, L, G, S/16, D, 16), values (1, L, G, S, D) and positions (1, S) of layers that keep the same
-    tokens, float32; from slot `used` on it is empty."""
+    """Keys (1, L, G, S/16, D, 16), values (1, L, G, S/16, 16, D) and positions (1, S) of layers that keep the
+    same tokens, float32; from slot `used` on it is empty."""
 
     k: Array
     v: Array

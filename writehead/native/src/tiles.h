@@ -8,8 +8,7 @@
 namespace wh {
 
 constexpr int kParts = kBlock / kLanes;  // vectors that hold the outputs of a block
-constexpr int kUnits = kGroup / 4;       // 4-byte units in a group
-constexpr int kLine = 64;                // bytes of a cache line: a unit of 16 outputs
+constexpr int kUnits = kGroup / 4;       // 4-byte units in a group; those of 16 outputs are a cache line
 constexpr int kMostFetched = 3;          // lines that a tile fetches at a time
 
 // Where the sums of a tile go, and what to fetch meanwhile: a line of each for every line of a block that it reads.

@@ -29,6 +29,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+constexpr int kLine = 64;  // bytes of a cache line
 
 typedef float vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t ivec __attribute__((vector_size(4 * kLanes)));
