@@ -6,6 +6,7 @@ heads by their positions are left out.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -124,6 +125,7 @@ def _capped_sum(n: int, limit: int | None) -> int:
     return rising * (rising + 1) // 2 + (n - rising) * (limit or 0)
 
 
+@lru_cache(64)  # patterns are values
 def _allowed(pattern: Pattern, start: int, stop: int) -> int:
     """Pairs of the queries start .. stop - 1 with keys before `stop`, of all the heads told apart."""
     if pattern.heads is not None:
