@@ -56,6 +56,9 @@ constexpr int kRow = kSpan / kTogether<T>;  // numbers from one row of weights t
 inline vec same(float x) { return splat(x); }
 inline ivec same(int32_t x) { return splat_int(x); }
 
+// What 1 is worth in a row; floats are what they are.
+inline const float* grain_of(const float* grain, int row) { return grain ? grain + row : nullptr; }
+
 // What sums stand for: integers are worth `grain` each.
 inline vec worth(vec sum, const float*) { return sum; }
 inline vec worth(ivec sum, const float* grain) { return to_float(sum) * splat(*grain); }
@@ -110,7 +113,7 @@ struct Queries {
 
     Queries from(int row) const {
         const int group = row / kQueryRows * kQueryRows;
-        return {numbers + group * steps + row - group, grain + row, steps};
+        return {numbers + group * steps + row - group, grain_of(grain, row), steps};
     }
 };
 
@@ -132,7 +135,7 @@ void score(Queries<T> q, const T* const* k, Ahead ahead, float* s) {
     }
     for (; d < q.steps; d++) step(d);
     WH_UNROLL for (int r = 0; r < ROWS; r++)
-        WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) store(s + r * kSpan + j * kLanes, worth(sums[r][j], q.grain + r));
+        WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) store(s + r * kSpan + j * kLanes, worth(sums[r][j], grain_of(q.grain, r)));
 }
 
 // Pass number `pass` of `passes` over all blocks, with the next rows each.
@@ -173,9 +176,9 @@ void score_all(Queries<T> q, int rows, const T* const* k, int blocks, const char
 template <class T>
 struct Weights {
     const Number<T>* numbers;  // [rows][kRow]
-    const float* grain;         // [rows], as in Queries
+    const float* grain;        // [rows], as in Queries
 
-    Weights from(int row) const { return {numbers + row * kRow<T>, grain + row}; }
+    Weights from(int row) const { return {numbers + row * kRow<T>, grain_of(grain, row)}; }
 };
 
 // Steps whose values in COLS vectors fill a cache line, or more.
@@ -201,7 +204,7 @@ void add_values(Weights<T> w, const T* const* v, int wide, int blocks, Ahead ahe
         }
     }
     WH_UNROLL for (int r = 0; r < ROWS; r++)
-        WH_UNROLL for (int c = 0; c < COLS; c++) end(sums[r][c], w.grain + r, y + r * wide + c * kLanes);
+        WH_UNROLL for (int c = 0; c < COLS; c++) end(sums[r][c], grain_of(w.grain, r), y + r * wide + c * kLanes);
 }
 
 template <int ROWS, int COLS, int F, class T>
