@@ -56,8 +56,11 @@ constexpr int kRow = kSpan / kTogether<T>;  // numbers from one row of weights t
 inline vec same(float x) { return splat(x); }
 inline ivec same(int32_t x) { return splat_int(x); }
 
-// What 1 is worth in a row; floats are what they are.
-inline const float* grain_of(const float* grain, int row) { return grain ? grain + row : nullptr; }
+// What 1 is worth in a row; floats are what they are, and have none.
+template <class T>
+const float* grain_of(const float* grain, int row) {
+    return kTogether<T> > 1 ? grain + row : nullptr;
+}
 
 // What sums stand for: integers are worth `grain` each.
 inline vec worth(vec sum, const float*) { return sum; }
@@ -91,17 +94,16 @@ inline void fetch(Ahead ahead, size_t at) {
     WH_UNROLL for (int f = 0; f < F; f++) __builtin_prefetch(ahead.from + f * ahead.apart + at, 0, 2);
 }
 
-// How `streams` of lines are shared out among `passes` over them: pass number i fetches every `passes`-th from the i-th on.
-template <class Pass>
+// How `streams` of lines, at most MOST, are shared out among `passes` over them: pass number i fetches every `passes`-th from
+// the i-th on.
+template <int MOST, class Pass>
 void with_fetches(const char* next, size_t apart, int streams, int passes, int i, const Pass& pass) {
     const int some = next && i < streams ? (streams - i + passes - 1) / passes : 0;
     const Ahead ahead{next + (next ? i * apart : 0), passes * apart};
-    switch (some) {
-        case 0: return pass(std::integral_constant<int, 0>(), ahead);
-        case 1: return pass(std::integral_constant<int, 1>(), ahead);
-        case 2: return pass(std::integral_constant<int, 2>(), ahead);
-        default: return pass(std::integral_constant<int, 4>(), ahead);
-    }
+    if (some == 0) return pass(std::integral_constant<int, 0>(), ahead);
+    if (MOST == 1 || some == 1) return pass(std::integral_constant<int, 1>(), ahead);
+    if (MOST == 2 || some == 2) return pass(std::integral_constant<int, std::min(MOST, 2)>(), ahead);
+    return pass(std::integral_constant<int, MOST>(), ahead);
 }
 
 // Query rows, side by side in groups of kQueryRows.
@@ -113,13 +115,13 @@ struct Queries {
 
     Queries from(int row) const {
         const int group = row / kQueryRows * kQueryRows;
-        return {numbers + group * steps + row - group, grain_of(grain, row), steps};
+        return {numbers + group * steps + row - group, grain_of<T>(grain, row), steps};
     }
 };
 
 // Scores of ROWS queries and BLOCKS blocks; F lines are fetched when so much of a block was read.
 template <int ROWS, int BLOCKS, int F, class T>
-void score(Queries<T> q, const T* const* k, Ahead ahead, float* s) {
+void score_tile(Queries<T> q, const T* const* k, Ahead ahead, float* s) {
     constexpr int kAtOnce = kLine / (kBlock * sizeof(T));
     Sum<T> sums[ROWS][BLOCKS * kPer] = {};
     const auto step = [&](int d) {
@@ -135,7 +137,7 @@ void score(Queries<T> q, const T* const* k, Ahead ahead, float* s) {
     }
     for (; d < q.steps; d++) step(d);
     WH_UNROLL for (int r = 0; r < ROWS; r++)
-        WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) store(s + r * kSpan + j * kLanes, worth(sums[r][j], grain_of(q.grain, r)));
+        WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) store(s + r * kSpan + j * kLanes, worth(sums[r][j], grain_of<T>(q.grain, r)));
 }
 
 // Pass number `pass` of `passes` over all blocks, with the next rows each.
@@ -149,27 +151,37 @@ void score_rows(Queries<T> q, int rows, const T* const* k, int blocks, const cha
         // blocks beyond the last are copies of it, whose scores nobody reads
         for (int b = 0; b < blocks; b += kAtOnce) {
             const char* more = next ? next + b * bytes : nullptr;
-            with_fetches(more, bytes, kAtOnce, passes, pass, [&](auto lines, Ahead ahead) {
-                score<ROWS, kAtOnce, decltype(lines)::value>(q, k + b, ahead, s + b * kBlock);
+            with_fetches<kAtOnce>(more, bytes, kAtOnce, passes, pass, [&](auto lines, Ahead ahead) {
+                score_tile<ROWS, kAtOnce, decltype(lines)::value>(q, k + b, ahead, s + b * kBlock);
             });
         }
     }
 }
 
-// Rows whose scores are computed at once: where keys must be widened, that is done once for more of them.
+// Is a number best taken once for as many rows as there are registers? Where it must be widened, or where it is read once
+// only; floats that many rows read are in the nearest cache, where few rows by many vectors need fewer loads.
 template <class T>
-constexpr int kScoreRows = kLanes == 16 && sizeof(T) == sizeof(float) ? 6 : kQueryRows;
+bool tall(int rows) { return kLanes == 16 && (sizeof(T) < sizeof(float) || rows <= kQueryRows); }
 
-template <class T>
+// AT_ONCE rows at a time.
+template <int AT_ONCE, class T>
 void score_all(Queries<T> q, int rows, const T* const* k, int blocks, const char* next, float* s) {
     for (int first = 0; first < rows; first += kQueryRows) {
-        const int some = std::min(kQueryRows, rows - first), passes = (some + kScoreRows<T> - 1) / kScoreRows<T>;
+        const int some = std::min(kQueryRows, rows - first), passes = (some + AT_ONCE - 1) / AT_ONCE;
         for (int pass = 0; pass < passes; pass++) {
             const int r0 = some * pass / passes, r1 = some * (pass + 1) / passes;
-            score_rows<kScoreRows<T>>(q.from(first + r0), r1 - r0, k, blocks, first ? nullptr : next, pass, passes,
+            score_rows<AT_ONCE>(q.from(first + r0), r1 - r0, k, blocks, first ? nullptr : next, pass, passes,
                                       s + (first + r0) * kSpan);
         }
     }
+}
+
+template <class T>
+void score(Queries<T> q, int rows, const T* const* k, int blocks, const char* next, float* s) {
+    if constexpr (kLanes == 16 && sizeof(T) == sizeof(float)) {
+        if (!tall<T>(rows)) return score_all<6>(q, rows, k, blocks, next, s);
+    }
+    score_all<kQueryRows>(q, rows, k, blocks, next, s);
 }
 
 // Weights of a span's keys, for each row.
@@ -178,7 +190,7 @@ struct Weights {
     const Number<T>* numbers;  // [rows][kRow]
     const float* grain;        // [rows], as in Queries
 
-    Weights from(int row) const { return {numbers + row * kRow<T>, grain_of(grain, row)}; }
+    Weights from(int row) const { return {numbers + row * kRow<T>, grain_of<T>(grain, row)}; }
 };
 
 // Steps whose values in COLS vectors fill a cache line, or more.
@@ -204,7 +216,7 @@ void add_values(Weights<T> w, const T* const* v, int wide, int blocks, Ahead ahe
         }
     }
     WH_UNROLL for (int r = 0; r < ROWS; r++)
-        WH_UNROLL for (int c = 0; c < COLS; c++) end(sums[r][c], grain_of(w.grain, r), y + r * wide + c * kLanes);
+        WH_UNROLL for (int c = 0; c < COLS; c++) end(sums[r][c], grain_of<T>(w.grain, r), y + r * wide + c * kLanes);
 }
 
 template <int ROWS, int COLS, int F, class T>
@@ -228,21 +240,21 @@ void add_columns(Weights<T> w, int rows, const T* const* v, int column, int wide
     for (int b = 0; b < blocks; b++) at[b] = v[b] + column;
     for (int pass = 0; pass < passes; pass++) {
         const int r0 = rows * pass / passes, r1 = rows * (pass + 1) / passes;
-        with_fetches(more, kLine, kLines, passes, pass, [&](auto lines, Ahead ahead) {
+        with_fetches<kLines>(more, kLine, kLines, passes, pass, [&](auto lines, Ahead ahead) {
             add_rows<rows_at_once(COLS), COLS, decltype(lines)::value>(w.from(r0), r1 - r0, at, wide, blocks, ahead,
                                                                      y + r0 * wide + column);
         });
     }
 }
 
-// Values that must be widened are taken by few columns for many rows.
+// Values are taken by few columns where many rows are to take each once.
 template <class T>
 void add(Weights<T> w, int rows, const T* const* v, int wide, int blocks, const char* next, float* y) {
-    const bool tall = kLanes == 16 && sizeof(T) < sizeof(float);
+    const bool once = tall<T>(rows);
     int c = 0;
-    if (!tall || rows <= rows_at_once(4))
+    if (!once || rows <= rows_at_once(4))
         for (; c + 4 * kLanes <= wide; c += 4 * kLanes) add_columns<4>(w, rows, v, c, wide, blocks, next, y);
-    if (!tall || rows <= rows_at_once(2))
+    if (!once || rows <= rows_at_once(2))
         for (; c + 2 * kLanes <= wide; c += 2 * kLanes) add_columns<2>(w, rows, v, c, wide, blocks, next, y);
     for (; c < wide; c += kLanes) add_columns<1>(w, rows, v, c, wide, blocks, next, y);
 }

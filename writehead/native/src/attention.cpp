@@ -172,7 +172,7 @@ void read_blocks(const Tile& tile, const Keys& keys, Reach reach, const Span& sp
     alignas(64) float s[kTileRows * kSpan];
     const Queries<T> q{static_cast<const Number<T>*>(tile.q), tile.grain, steps_of<T>(keys.dim)};
     const int wide = round_up(keys.dim, kBlock), count = span.count * kBlock;
-    score_all(q, tile.rows, k, span.count, next.k, s);
+    score(q, tile.rows, k, span.count, next.k, s);
     for (int r = 0; r < tile.rows; r++) {
         if (!plain) adjust(tile, r, keys, reach, span, s + r * kSpan);
         weigh(tile, r, wide, count, s + r * kSpan, running);
