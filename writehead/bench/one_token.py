@@ -22,9 +22,7 @@ STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 WORKING_SET = 128 * 2**20  # bytes of layers that are read in turn, as a model's are; no cache holds them
 LARGEST = 300 * 2**20  # bytes of a single layer, above which a cell is left out
 SAMPLE = 0.02  # seconds
-TOGETHER = (
-    16  # layers of a call: a model's step takes all of its own, so Python's share of one is not attention
-)
+TOGETHER = 16  # layers of a call, as a model's step takes all of its own: Python's share is not attention
 PEAK, READ = "peak", "bandwidth"  # the machine's limits, which change with what its neighbours do
 
 
@@ -161,10 +159,10 @@ class _Layers:
         """Attention over the layers in turn, for about a sample's time; seconds for each."""
 
         def run() -> float:
-            start, calls = time.perf_counter(), 0
-            while calls == 0 or time.perf_counter() - start < SAMPLE:
-                calls += self._attend(engine, helpers)
-            return (time.perf_counter() - start) / calls
+            start, layers = time.perf_counter(), 0
+            while layers == 0 or time.perf_counter() - start < SAMPLE:
+                layers += self._attend(engine, helpers)
+            return (time.perf_counter() - start) / layers
 
         return run
 

@@ -15,7 +15,6 @@ namespace {
 
 constexpr int kCopied = kLanes == 16 ? 18 : 3 * kQueryRows;  // rows from which 16 bits are worth a copy in 32
 constexpr float kSlack = 4;  // a score may be so much above `top`: its weight is a number as exact as any
-constexpr float kMost = 32767, kLeast = 1e-30f;  // of 16 bits; a row of weights below this is nothing
 
 // 2^r for |r| <= 1/2, the best of its degree.
 constexpr float kPower[] = {1.5353361960e-4f, 1.3398875017e-3f, 9.6184369177e-3f, 5.5503323674e-2f,

@@ -12,6 +12,7 @@ namespace wh {
 constexpr int kTileRows = 96;  // query rows that read a block of keys while it is in the nearest cache
 constexpr int kQueryRows = kLanes == 16 ? 16 : kLanes == 8 ? 6 : 3;  // of them at once, their sums in registers
 constexpr int kSpan = 64;      // keys whose scores stand together
+constexpr float kMost = 32767, kLeast = 1e-30f;  // of 16 bits, which a row's largest becomes; below kLeast it is nothing
 
 // One key/value head of one row of the batch, as the cache keeps it: with WH_INT8 in pairs, of numbers of a key, and of
 // numbers of two keys' values.

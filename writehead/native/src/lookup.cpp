@@ -38,7 +38,7 @@ void interleave(const Number* const* from, int rows, int count, Number* to) {
 
 // Rounds to integers of 16 bits, so few that no sum of `dim` products with 8 bits overflows: what 1 is worth.
 float round_row(const float* from, int dim, float scale, int16_t* to) {
-    const float limit = std::min(32767.0f, std::floor(2147483647.0f / 128 / dim));
+    const float limit = std::min(kMost, std::floor(2147483647.0f / 128 / dim));
     vec most = {}, wrong = {};
     for (int d = 0; d < dim; d += kLanes) {
         const vec x = load_some(from + d, dim - d);
@@ -46,7 +46,7 @@ float round_row(const float* from, int dim, float scale, int16_t* to) {
         wrong += x * splat(0);  // a NaN or an infinity
     }
     const float top = reduce_max(most);
-    const vec factor = splat(top > 1e-30f ? limit / top : 0);
+    const vec factor = splat(top > kLeast ? limit / top : 0);
     for (int d = 0; d < dim; d += kLanes) store_shorts(to + d, round_to_int(load_some(from + d, dim - d) * factor));
     return scale * (top / limit) + reduce_add(wrong);
 }
