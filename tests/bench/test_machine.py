@@ -103,11 +103,11 @@ def test_instruction_sets_are_whole_words_of_the_flags(fake):
     assert system.cpu_model() == "Some CPU @ 3GHz"
 
 
-def test_only_the_allowed_processors_count_as_busy(fake, monkeypatch):
+def test_the_allowed_processors_count_as_busy_while_they_work_or_their_host_is_elsewhere(fake, monkeypatch):
     monkeypatch.setattr(system, "allowed_cpus", lambda: {0})
     monkeypatch.setattr(system.os, "sysconf", lambda name: 100)
-    fake("PROC/stat", "cpu  9 9 9 9 9 9 9 0\ncpu0 100 200 300 999 999 40 60 0\ncpu1 1 1 1 1 1 1 1 0\n")
-    assert system.busy_seconds() == 7.0
+    fake("PROC/stat", "cpu  9 9 9 9 9 9 9 0\ncpu0 100 200 300 999 999 40 60 50\ncpu1 1 1 1 1 1 1 1 0\n")
+    assert system.busy_seconds() == 7.5
 
 
 def test_the_machine_is_described_in_json():

@@ -121,7 +121,7 @@ void check_linear(wh_team* team, int format, int n, int k, int rows) {
 // to 16 bits of the largest, which may cost half a unit a key.
 void check_attention(wh_team* team, int format, int H, int G, int D, int context, int tokens, int window, int lead) {
     const int slots = (context + 15) / 16 * 16, wide = (D + 15) / 16 * 16;
-    const int pair = format == WH_INT8 ? 2 : 1, steps = (D + pair - 1) / pair;
+    const int pair = format == WH_FLOAT32 ? 1 : 2, steps = (D + pair - 1) / pair;
     const size_t keys = static_cast<size_t>(G) * slots * steps * pair, values = static_cast<size_t>(G) * slots * wide;
     std::vector<float> k(keys), v(values, 0.0f), k_scale(G * slots), v_scale(G * slots), q(tokens * H * D), y(q.size());
     std::vector<uint16_t> k_half(keys), v_half(values);

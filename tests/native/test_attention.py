@@ -63,7 +63,7 @@ class Case:
         self.q = 2 * torch.randn(B, T, H, D)
         wide = -(-D // 16) * 16
         shapes = [(S // 16, D, 16), (S // 16, 16, wide)]
-        if dtype == torch.int8:
+        if dtype != torch.float32:
             shapes = [(S // 16, -(-D // 2), 16, 2), (S // 16, 8, wide, 2)]
         k, v = (torch.randn(B, 2, G, *shape) for shape in shapes)
         self.k_scale = self.v_scale = None
@@ -81,10 +81,11 @@ class Case:
         H, D = self.q.shape[2:]
         G, q, unit = self.k.shape[2], self.q.double(), torch.ones(1, 1, 1, 1)
         k, v = self.k[:, layer].double(), self.v[:, layer].double()
-        if self.k_scale is None or self.v_scale is None:
+        if self.k.dtype == torch.float32:
             k, v = k.transpose(-1, -2), v.flatten(2, 3)  # (B, G, S/16, 16, D), (B, G, S, D)
         else:
             k, v = k.transpose(3, 4).flatten(4), v.transpose(4, 5).flatten(2, 4)
+        if self.k_scale is not None and self.v_scale is not None:
             k = k * self.k_scale[:, layer].double().unflatten(-1, (-1, 16))[..., None]
             unit = self.v_scale[:, layer].double()[..., None]
             v, q = v * unit, rounded(self.q)
@@ -205,7 +206,8 @@ def test_scores_that_grow_key_by_key_are_right(kernel: Kernel, dtype: torch.dtyp
     case.pos = torch.arange(320).int()[None]
     case.q_pos = torch.arange(310, 319).int()[None]
     case.q = torch.ones_like(case.q)
-    case.k = (torch.arange(320).view(20, 1, 16) / 512 - 1).expand_as(case.k).contiguous().to(dtype)
+    keys = torch.arange(320).view(20, 1, 16, *[1] * (case.k.dim() - 6)) / 512 - 1
+    case.k = keys.expand_as(case.k).contiguous().to(dtype)
     assert_right(kernel, case)
 
 

@@ -125,7 +125,7 @@ def fastest(call: Callable[[], object], seconds: float, repetitions: int = 3) ->
     return best
 
 
-def _readers(x: torch.Tensor) -> list[Callable[[], object]]:
+def readers(x: torch.Tensor) -> list[Callable[[], object]]:
     """The torch operations that come nearest to the limit; which one does depends on the cache level."""
     matrix = x.view(-1, 1024)
     vector = torch.ones(1024)
@@ -155,7 +155,7 @@ def read_bandwidth(working_set_bytes: int, threads: int, *, buffer: torch.Tensor
         held = buffer.numel() * buffer.element_size()
         raise ValueError(f"working_set_bytes={working_set_bytes} is above the buffer's {held}")
     with torch_threads(threads), torch.inference_mode():
-        return 4 * n / min(fastest(call, 0.06) for call in _readers(buffer[:n]))
+        return 4 * n / min(fastest(call, 0.06) for call in readers(buffer[:n]))
 
 
 def matmul_rate(dtype: torch.dtype, M: int, threads: int) -> float:

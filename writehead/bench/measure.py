@@ -17,7 +17,9 @@ from writehead.core import system
 
 Case = Callable[[], float | None]
 Progress = Callable[[str, int, int], None]
-FOREIGN_CORES = 0.12  # a sample is disturbed when other processes use more than this
+FOREIGN_CORES = (
+    0.12  # a sample is disturbed when other processes, or other guests of its host, use more than this
+)
 SHORTEST_WATCH = 0.1  # seconds; the kernel counts in ticks of 10 ms, so a shorter watch says nothing
 
 
@@ -26,7 +28,7 @@ class Sample:
     """One turn of one case."""
 
     seconds: float
-    foreign_cores: float | None  # cores that other processes used meanwhile, None where unknown
+    foreign_cores: float | None  # cores that others used meanwhile, None where unknown
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,10 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 class Foreign:
-    """A stopwatch over the processor time that processes other than this one and its descendants use."""
+    """A stopwatch over the processor time that goes to others than this process and its descendants.
+
+    Others are processes, and on a virtual machine whoever its host prefers while there is work here.
+    """
 
     def __init__(self) -> None:
         self.start = self._read()

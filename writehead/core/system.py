@@ -161,14 +161,17 @@ def peak_memory() -> int | None:
 
 
 def busy_seconds() -> float | None:
-    """Seconds that the allowed processors have worked for anyone since the machine started, all added up."""
+    """Seconds that the allowed processors have worked for anyone since the machine started, all added up.
+
+    Of a virtual machine this counts what its host took away while there was work.
+    """
     names = {f"cpu{cpu}" for cpu in allowed_cpus()}
     ticks, seen = 0, False
     for line in (read(PROC / "stat") or "").splitlines():
         name, *fields = line.split()
         if name in names:
-            user, nice, system, _, _, irq, softirq = (int(field) for field in fields[:7])
-            ticks, seen = ticks + user + nice + system + irq + softirq, True
+            user, nice, system, _, _, *interrupts_and_stolen = (int(field) for field in fields[:8])
+            ticks, seen = ticks + user + nice + system + sum(interrupts_and_stolen), True
     return ticks / os.sysconf("SC_CLK_TCK") if seen else None
 
 

@@ -89,14 +89,10 @@ class Kept:
         """
         each = (rows, self.layers, self.kv_heads, slots // BLOCK)
         D, wide = self.head_dim, round_up(self.head_dim)
-        if format == "int8":
-            return [
-                (*each, -(-D // 2), BLOCK, 2),
-                (*each, BLOCK // 2, wide, 2),
-                (*each, BLOCK),
-                (*each, BLOCK),
-            ]
-        return [(*each, D, BLOCK), (*each, BLOCK, wide)]
+        if format == "float32":
+            return [(*each, D, BLOCK), (*each, BLOCK, wide)]
+        scales = [(*each, BLOCK)] * 2 if format == "int8" else []
+        return [(*each, -(-D // 2), BLOCK, 2), (*each, BLOCK // 2, wide, 2), *scales]
 
     def nbytes(self, rows: int, slots: int, format: str) -> int:
         """Bytes of keys, values, scales and positions in so many slots."""

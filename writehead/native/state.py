@@ -29,8 +29,8 @@ class Cache(Node):
     """Keys and values of the layers that keep the same tokens.
 
     Attributes:
-        k: (B, L, G, S/16, D, 16); int8 (B, L, G, S/16, D/2, 16, 2), D padded to a multiple of 2.
-        v: (B, L, G, S/16, 16, D); int8 (B, L, G, S/16, 8, D, 2), D padded to a multiple of 16.
+        k: float32 (B, L, G, S/16, D, 16), else (B, L, G, S/16, D/2, 16, 2), D padded to a multiple of 2.
+        v: float32 (B, L, G, S/16, 16, D), else (B, L, G, S/16, 8, D, 2), D padded to a multiple of 16.
         pos: (B, S) int32, -1 = empty.
         layout: which slot a position takes.
         used: from this slot on every row is empty.

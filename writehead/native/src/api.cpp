@@ -1,7 +1,7 @@
 #include "linear.h"
 #include "team.h"
 
-int32_t wh_version(void) { return 2; }
+int32_t wh_version(void) { return 3; }
 
 const char* wh_instructions(void) {
 #if defined(__AVX512F__)

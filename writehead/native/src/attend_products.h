@@ -16,42 +16,62 @@ namespace wh {
 constexpr int kBlocks = kSpan / kBlock;        // of keys whose scores stand together
 constexpr int kPer = kBlock / kLanes;          // vectors of a block
 constexpr int kSums = kLanes == 16 ? 24 : 12;  // registers for sums
+constexpr int kUnit = 2;                       // steps of a loop, since its own instructions count
 
-// Where the sums of 2 blocks fit, those of 4 may not.
-constexpr int blocks_at_once(int rows) {
-    return rows * 4 * kPer <= kSums ? 4 : rows * 2 * kPer <= kSums ? 2 : 1;
-}
+// Vectors whose sums are held beside each other for so many rows.
+constexpr int vectors_at_once(int rows) { return rows * 4 <= kSums ? 4 : 2; }
 
-inline vec widen(const float* from) { return load(from); }
-inline vec widen(const uint16_t* from) { return load_bf16(from); }
-inline svec widen(const Pair* from) { return load_pairs(from); }
-
-// How keys and values of a format are multiplied: each number on its own in float32, or in pairs of integers, with
-// queries and weights rounded to 16 bits of the largest of their row.
+// How keys and values of a format are multiplied: one by one in float32, two bfloat16 one after the other, two numbers of
+// 8 bits at once as integers, with queries and weights rounded to 16 bits of the largest of their row.
 template <class T>
-struct Products {
-    typedef vec Sum;
+struct Products;
+template <>
+struct Products<float> {
+    typedef vec Sum, Wide;
     typedef float Number;
-    static constexpr int kTogether = 1;  // numbers of a key, or keys of a value
+    static constexpr int kTogether = 1, kParts = 1;
 };
 template <>
-struct Products<Pair> {
+struct Products<HalfPair> {
+    typedef vec Sum, Wide;
+    typedef float Number;
+    static constexpr int kTogether = 2, kParts = 2;
+};
+template <>
+struct Products<BytePair> {
     typedef ivec Sum;
+    typedef svec Wide;
     typedef int32_t Number;
-    static constexpr int kTogether = 2;
+    static constexpr int kTogether = 2, kParts = 1;
 };
 template <class T>
 using Sum = typename Products<T>::Sum;
 template <class T>
-using Number = typename Products<T>::Number;
+using Number = typename Products<T>::Number;  // of queries and weights
 template <class T>
-constexpr int kTogether = Products<T>::kTogether;
+constexpr int kTogether = Products<T>::kTogether;  // numbers of a key, or keys of a value, that are a T
+template <class T>
+constexpr int kParts = Products<T>::kParts;  // what a T is multiplied in
 template <class T>
 constexpr int kSteps = kBlock / kTogether<T>;  // of a block of values
 template <class T>
 int steps_of(int dim) { return (dim + kTogether<T> - 1) / kTogether<T>; }
 template <class T>
-constexpr int kRow = kSpan / kTogether<T>;  // numbers from one row of weights to the next
+constexpr int kRow = kSpan * kParts<T> / kTogether<T>;  // numbers from one row of weights to the next
+
+// The parts of V vectors.
+template <class T, int V>
+using Wide = typename Products<T>::Wide[kParts<T>][V];
+
+template <int V>
+inline void widen(const float* from, int j, Wide<float, V>& to) { to[0][j] = load(from); }
+template <int V>
+inline void widen(const HalfPair* from, int j, Wide<HalfPair, V>& to) {
+    to[0][j] = load_first(from);
+    to[1][j] = load_second(from);
+}
+template <int V>
+inline void widen(const BytePair* from, int j, Wide<BytePair, V>& to) { to[0][j] = load_pairs(from); }
 
 inline vec same(float x) { return splat(x); }
 inline ivec same(int32_t x) { return splat_int(x); }
@@ -59,7 +79,7 @@ inline ivec same(int32_t x) { return splat_int(x); }
 // What 1 is worth in a row; floats are what they are, and have none.
 template <class T>
 const float* grain_of(const float* grain, int row) {
-    return kTogether<T> > 1 ? grain + row : nullptr;
+    return std::is_same_v<T, BytePair> ? grain + row : nullptr;
 }
 
 // What sums stand for: integers are worth `grain` each.
@@ -72,116 +92,105 @@ inline void begin(ivec& sum, const float*) { sum = ivec{}; }
 inline void end(vec sum, const float*, float* y) { store(y, sum); }
 inline void end(ivec sum, const float* grain, float* y) { store(y, fma(to_float(sum), splat(*grain), load(y))); }
 
-// Adds x times some vectors to a row's sums; one vector reads x from memory, more of them from a register.
-template <int N, class Sum, class Wide, class Number>
-inline void add_row(Sum (&sums)[N], const Wide (&by)[N], const Number* x) {
-    if constexpr (N == 1) {
-        sums[0] = add_product(sums[0], by[0], x);
-    } else {
-        const Sum number = same(*x);
-        WH_UNROLL for (int j = 0; j < N; j++) sums[j] = add_product(sums[j], by[j], number);
-    }
+// Adds x times V vectors to the sums of row r; some rows read x from memory for each.
+template <int V, class Sum, class Wide, class Number>
+WH_INLINE void add_row(int r, Sum (&sums)[V], const Wide (&by)[V], const Number* x) {
+    const Sum number = same(*x);
+    WH_UNROLL for (int j = 0; j < V; j++)
+        sums[j] = in_place(r, V) ? add_product(sums[j], by[j], x) : add_product(sums[j], by[j], number);
 }
 
-// Lines to fetch while something is computed, F at a time: `apart` bytes lie between those.
+// What is fetched while something is computed: one line after the other, some for each unit of steps.
 struct Ahead {
-    const char* from;
-    size_t apart;
+    const char *at, *end;
+    int lines = 1;  // a unit: 1, 2, 4 or 8
+
+    // `bytes` bytes from `at` on, or with null nothing, over so many units.
+    Ahead(const char* at, size_t bytes, size_t units) : at(at), end(at ? at + bytes : at) {
+        while (lines < 8 && lines * units * kLine < bytes) lines *= 2;
+    }
+
+    // Calls pass(F, from) for a pass of so many units, each of which is to fetch F lines from there on.
+    template <class Pass>
+    void with_lines(size_t units, const Pass& pass) {
+        const char* from = at;
+        if (at == end) return pass(std::integral_constant<int, 0>(), from);
+        at += std::min(static_cast<size_t>(end - at), units * lines * kLine);
+        if (lines == 1) return pass(std::integral_constant<int, 1>(), from);
+        if (lines == 2) return pass(std::integral_constant<int, 2>(), from);
+        if (lines == 4) return pass(std::integral_constant<int, 4>(), from);
+        pass(std::integral_constant<int, 8>(), from);
+    }
 };
 
+// The lines of F a unit that fall on its step i.
 template <int F>
-inline void fetch(Ahead ahead, size_t at) {
-    WH_UNROLL for (int f = 0; f < F; f++) __builtin_prefetch(ahead.from + f * ahead.apart + at, 0, 2);
-}
-
-// How `streams` of lines, at most MOST, are shared out among `passes` over them: pass number i fetches every `passes`-th from
-// the i-th on.
-template <int MOST, class Pass>
-void with_fetches(const char* next, size_t apart, int streams, int passes, int i, const Pass& pass) {
-    const int some = next && i < streams ? (streams - i + passes - 1) / passes : 0;
-    const Ahead ahead{next + (next ? i * apart : 0), passes * apart};
-    if (some == 0) return pass(std::integral_constant<int, 0>(), ahead);
-    if (MOST == 1 || some == 1) return pass(std::integral_constant<int, 1>(), ahead);
-    if (MOST == 2 || some == 2) return pass(std::integral_constant<int, std::min(MOST, 2)>(), ahead);
-    return pass(std::integral_constant<int, MOST>(), ahead);
+WH_INLINE void fetch(const char* from, int i) {
+    WH_UNROLL for (int f = i * F / kUnit; f < (i + 1) * F / kUnit; f++) __builtin_prefetch(from + f * kLine, 0, 2);
 }
 
 // Query rows, side by side in groups of kQueryRows.
 template <class T>
 struct Queries {
-    const Number<T>* numbers;  // [rows/kQueryRows][steps][kQueryRows]
+    const Number<T>* numbers;  // [rows/kQueryRows][steps][kParts][kQueryRows]
     const float* grain;        // [rows], what 1 is worth, where numbers are integers
-    int steps;                 // of numbers that are multiplied together
+    int steps;                 // T of a key
 
-    Queries from(int row) const {
-        const int group = row / kQueryRows * kQueryRows;
-        return {numbers + group * steps + row - group, grain_of<T>(grain, row), steps};
-    }
+    Queries from(int row) const { return {numbers + row * steps * kParts<T>, grain_of<T>(grain, row), steps}; }
 };
 
-// Scores of ROWS queries and BLOCKS blocks; F lines are fetched when so much of a block was read.
-template <int ROWS, int BLOCKS, int F, class T>
-void score_tile(Queries<T> q, const T* const* k, Ahead ahead, float* s) {
-    constexpr int kAtOnce = kLine / (kBlock * sizeof(T));
-    Sum<T> sums[ROWS][BLOCKS * kPer] = {};
+// Scores of ROWS queries and V vectors of keys; F lines are fetched each unit.
+template <int ROWS, int V, int F, class T>
+void score_tile(Queries<T> q, const T* const* k, const char* ahead, float* s) {
+    Sum<T> sums[ROWS][V] = {};
     const auto step = [&](int d) {
-        decltype(widen(*k)) key[BLOCKS * kPer];
-        WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++)
-            key[j] = widen(k[j / kPer] + d * kBlock + j % kPer * kLanes);
-        WH_UNROLL for (int r = 0; r < ROWS; r++) add_row(sums[r], key, q.numbers + d * kQueryRows + r);
+        Wide<T, V> key;
+        WH_UNROLL for (int j = 0; j < V; j++) widen<V>(k[j / kPer] + d * kBlock + j % kPer * kLanes, j, key);
+        WH_UNROLL for (int p = 0; p < kParts<T>; p++)
+            WH_UNROLL for (int r = 0; r < ROWS; r++)
+                add_row(r, sums[r], key[p], q.numbers + (d * kParts<T> + p) * kQueryRows + r);
     };
     int d = 0;
-    for (; d + kAtOnce <= q.steps; d += kAtOnce) {
-        fetch<F>(ahead, d * kBlock * sizeof(T));
-        WH_UNROLL for (int i = 0; i < kAtOnce; i++) step(d + i);
+    for (; d + kUnit <= q.steps; d += kUnit, ahead += F * kLine) {
+        WH_UNROLL for (int i = 0; i < kUnit; i++) {
+            fetch<F>(ahead, i);
+            step(d + i);
+        }
     }
     for (; d < q.steps; d++) step(d);
     WH_UNROLL for (int r = 0; r < ROWS; r++)
-        WH_UNROLL for (int j = 0; j < BLOCKS * kPer; j++) store(s + r * kSpan + j * kLanes, worth(sums[r][j], grain_of<T>(q.grain, r)));
+        WH_UNROLL for (int j = 0; j < V; j++) store(s + r * kSpan + j * kLanes, worth(sums[r][j], grain_of<T>(q.grain, r)));
 }
 
-// Pass number `pass` of `passes` over all blocks, with the next rows each.
-template <int ROWS, class T>
-void score_rows(Queries<T> q, int rows, const T* const* k, int blocks, const char* next, int pass, int passes,
-                float* s) {
+template <int ROWS, int V, int F, class T>
+void score_rows(Queries<T> q, int rows, const T* const* k, const char* ahead, float* s) {
     if constexpr (ROWS > 0) {
-        if (rows < ROWS) return score_rows<ROWS - 1>(q, rows, k, blocks, next, pass, passes, s);
-        constexpr int kAtOnce = blocks_at_once(ROWS);
-        const size_t bytes = q.steps * kBlock * sizeof(T);
-        // blocks beyond the last are copies of it, whose scores nobody reads
-        for (int b = 0; b < blocks; b += kAtOnce) {
-            const char* more = next ? next + b * bytes : nullptr;
-            with_fetches<kAtOnce>(more, bytes, kAtOnce, passes, pass, [&](auto lines, Ahead ahead) {
-                score_tile<ROWS, kAtOnce, decltype(lines)::value>(q, k + b, ahead, s + b * kBlock);
-            });
-        }
+        if (rows < ROWS) return score_rows<ROWS - 1, V, F>(q, rows, k, ahead, s);
+        score_tile<ROWS, V, F>(q, k, ahead, s);
     }
 }
 
-// Is a number best taken once for as many rows as there are registers? Where it must be widened, or where it is read once
-// only; floats that many rows read are in the nearest cache, where few rows by many vectors need fewer loads.
-template <class T>
-bool tall(int rows) { return kLanes == 16 && (sizeof(T) < sizeof(float) || rows <= kQueryRows); }
-
-// AT_ONCE rows at a time.
-template <int AT_ONCE, class T>
+// V vectors at a time, for all rows while they are in the nearest cache.
+template <int V, class T>
 void score_all(Queries<T> q, int rows, const T* const* k, int blocks, const char* next, float* s) {
-    for (int first = 0; first < rows; first += kQueryRows) {
-        const int some = std::min(kQueryRows, rows - first), passes = (some + AT_ONCE - 1) / AT_ONCE;
-        for (int pass = 0; pass < passes; pass++) {
-            const int r0 = some * pass / passes, r1 = some * (pass + 1) / passes;
-            score_rows<AT_ONCE>(q.from(first + r0), r1 - r0, k, blocks, first ? nullptr : next, pass, passes,
-                                      s + (first + r0) * kSpan);
+    constexpr int kAtOnce = V / kPer;
+    const size_t units = q.steps / kUnit, passes = (rows + kQueryRows - 1) / kQueryRows;
+    Ahead ahead(next, blocks * q.steps * kBlock * sizeof(T), (blocks + kAtOnce - 1) / kAtOnce * passes * units);
+    // blocks beyond the last are copies of it, whose scores nobody reads
+    for (int b = 0; b < blocks; b += kAtOnce) {
+        for (int row = 0; row < rows; row += kQueryRows) {
+            ahead.with_lines(units, [&](auto lines, const char* from) {
+                score_rows<std::min(kQueryRows, kSums / V), V, decltype(lines)::value>(
+                    q.from(row), std::min(kQueryRows, rows - row), k + b, from, s + row * kSpan + b * kBlock);
+            });
         }
     }
 }
 
 template <class T>
 void score(Queries<T> q, int rows, const T* const* k, int blocks, const char* next, float* s) {
-    if constexpr (kLanes == 16 && sizeof(T) == sizeof(float)) {
-        if (!tall<T>(rows)) return score_all<6>(q, rows, k, blocks, next, s);
-    }
-    score_all<kQueryRows>(q, rows, k, blocks, next, s);
+    if (kPer == 4 || vectors_at_once(std::min(rows, kQueryRows)) == 4) return score_all<4>(q, rows, k, blocks, next, s);
+    if constexpr (kPer <= 2) score_all<2>(q, rows, k, blocks, next, s);
 }
 
 // Weights of a span's keys, for each row.
@@ -193,70 +202,63 @@ struct Weights {
     Weights from(int row) const { return {numbers + row * kRow<T>, grain_of<T>(grain, row)}; }
 };
 
-// Steps whose values in COLS vectors fill a cache line, or more.
-template <int COLS, class T>
-constexpr int kStepsALine = COLS * kLanes * sizeof(T) < kLine ? kLine / (COLS * kLanes * sizeof(T)) : 1;
-
-// Adds the values of `blocks` blocks, weighted by w, to COLS vectors of ROWS sums; with F, lines are fetched.
-template <int ROWS, int COLS, int F, class T>
-void add_values(Weights<T> w, const T* const* v, int wide, int blocks, Ahead ahead, float* y) {
-    constexpr int kAtOnce = kStepsALine<COLS, T>;
-    Sum<T> sums[ROWS][COLS];
+// Adds the values of `blocks` blocks, weighted by w, to V vectors of ROWS sums; F lines are fetched each unit.
+template <int ROWS, int V, int F, class T>
+void add_values(Weights<T> w, const T* const* v, int wide, int blocks, const char* ahead, float* y) {
+    Sum<T> sums[ROWS][V];
     WH_UNROLL for (int r = 0; r < ROWS; r++)
-        WH_UNROLL for (int c = 0; c < COLS; c++) begin(sums[r][c], y + r * wide + c * kLanes);
+        WH_UNROLL for (int c = 0; c < V; c++) begin(sums[r][c], y + r * wide + c * kLanes);
     const auto step = [&](int b, int i) {
-        decltype(widen(*v)) value[COLS];
-        WH_UNROLL for (int c = 0; c < COLS; c++) value[c] = widen(v[b] + i * wide + c * kLanes);
-        WH_UNROLL for (int r = 0; r < ROWS; r++) add_row(sums[r], value, w.numbers + r * kRow<T> + b * kSteps<T> + i);
+        Wide<T, V> value;
+        WH_UNROLL for (int c = 0; c < V; c++) widen<V>(v[b] + i * wide + c * kLanes, c, value);
+        WH_UNROLL for (int p = 0; p < kParts<T>; p++)
+            WH_UNROLL for (int r = 0; r < ROWS; r++)
+                add_row(r, sums[r], value[p], w.numbers + r * kRow<T> + (b * kSteps<T> + i) * kParts<T> + p);
     };
     for (int b = 0; b < blocks; b++) {
-        for (int i = 0; i < kSteps<T>; i += kAtOnce) {
-            fetch<F>(ahead, (b * kSteps<T> + i) * COLS * kLanes * sizeof(T));
-            WH_UNROLL for (int j = 0; j < kAtOnce; j++) step(b, i + j);
+        for (int u = 0; u < kSteps<T>; u += kUnit, ahead += F * kLine) {
+            WH_UNROLL for (int i = 0; i < kUnit; i++) {
+                fetch<F>(ahead, i);
+                step(b, u + i);
+            }
         }
     }
     WH_UNROLL for (int r = 0; r < ROWS; r++)
-        WH_UNROLL for (int c = 0; c < COLS; c++) end(sums[r][c], grain_of<T>(w.grain, r), y + r * wide + c * kLanes);
+        WH_UNROLL for (int c = 0; c < V; c++) end(sums[r][c], grain_of<T>(w.grain, r), y + r * wide + c * kLanes);
 }
 
-template <int ROWS, int COLS, int F, class T>
-void add_rows(Weights<T> w, int rows, const T* const* v, int wide, int blocks, Ahead ahead, float* y) {
+template <int ROWS, int V, int F, class T>
+void add_rows(Weights<T> w, int rows, const T* const* v, int wide, int blocks, const char* ahead, float* y) {
     if constexpr (ROWS > 0) {
-        if (rows < ROWS) return add_rows<ROWS - 1, COLS, F>(w, rows, v, wide, blocks, ahead, y);
-        add_values<ROWS, COLS, F>(w, v, wide, blocks, ahead, y);
+        if (rows < ROWS) return add_rows<ROWS - 1, V, F>(w, rows, v, wide, blocks, ahead, y);
+        add_values<ROWS, V, F>(w, v, wide, blocks, ahead, y);
     }
 }
 
-// Rows whose sums of so many vectors are in registers.
-constexpr int rows_at_once(int cols) { return std::min(kSums / cols, kLanes == 16 ? 16 : 8); }
-
-// Columns from `column` on; what is fetched lies one after the other, so that all columns fetch alike.
-template <int COLS, class T>
-void add_columns(Weights<T> w, int rows, const T* const* v, int column, int wide, int blocks, const char* next, float* y) {
-    constexpr int kLines = COLS * kLanes * sizeof(T) * kStepsALine<COLS, T> / kLine;
-    const int passes = (rows + rows_at_once(COLS) - 1) / rows_at_once(COLS);
-    const char* more = next ? next + static_cast<size_t>(column) * blocks * kSteps<T> * sizeof(T) : nullptr;
+// V vectors of values from `column` on, for all rows while they are in the nearest cache.
+template <int V, class T>
+void add_columns(Weights<T> w, int rows, const T* const* v, int column, int wide, int blocks, Ahead& ahead, float* y) {
     const T* at[kBlocks];
     for (int b = 0; b < blocks; b++) at[b] = v[b] + column;
-    for (int pass = 0; pass < passes; pass++) {
-        const int r0 = rows * pass / passes, r1 = rows * (pass + 1) / passes;
-        with_fetches<kLines>(more, kLine, kLines, passes, pass, [&](auto lines, Ahead ahead) {
-            add_rows<rows_at_once(COLS), COLS, decltype(lines)::value>(w.from(r0), r1 - r0, at, wide, blocks, ahead,
-                                                                     y + r0 * wide + column);
+    for (int row = 0; row < rows; row += kQueryRows) {
+        ahead.with_lines(static_cast<size_t>(blocks) * kSteps<T> / kUnit, [&](auto lines, const char* from) {
+            add_rows<std::min(kQueryRows, kSums / V), V, decltype(lines)::value>(
+                w.from(row), std::min(kQueryRows, rows - row), at, wide, blocks, from, y + row * wide + column);
         });
     }
 }
 
-// Values are taken by few columns where many rows are to take each once.
 template <class T>
 void add(Weights<T> w, int rows, const T* const* v, int wide, int blocks, const char* next, float* y) {
-    const bool once = tall<T>(rows);
+    const int most = vectors_at_once(std::min(rows, kQueryRows)), vectors = wide / kLanes;
+    const size_t strips = vectors / most + vectors % most, passes = (rows + kQueryRows - 1) / kQueryRows;
+    Ahead ahead(next, static_cast<size_t>(blocks) * kSteps<T> * wide * sizeof(T), strips * passes * blocks * kSteps<T> / kUnit);
     int c = 0;
-    if (!once || rows <= rows_at_once(4))
-        for (; c + 4 * kLanes <= wide; c += 4 * kLanes) add_columns<4>(w, rows, v, c, wide, blocks, next, y);
-    if (!once || rows <= rows_at_once(2))
-        for (; c + 2 * kLanes <= wide; c += 2 * kLanes) add_columns<2>(w, rows, v, c, wide, blocks, next, y);
-    for (; c < wide; c += kLanes) add_columns<1>(w, rows, v, c, wide, blocks, next, y);
+    if (most == 4)
+        for (; c + 4 * kLanes <= wide; c += 4 * kLanes) add_columns<4>(w, rows, v, c, wide, blocks, ahead, y);
+    if (most == 2)
+        for (; c + 2 * kLanes <= wide; c += 2 * kLanes) add_columns<2>(w, rows, v, c, wide, blocks, ahead, y);
+    for (; c < wide; c += kLanes) add_columns<1>(w, rows, v, c, wide, blocks, ahead, y);
 }
 
 }  // namespace wh

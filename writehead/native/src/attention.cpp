@@ -13,7 +13,7 @@
 namespace wh {
 namespace {
 
-constexpr int kCopied = kLanes == 16 ? 18 : 3 * kQueryRows;  // rows from which 16 bits are worth a copy in 32
+constexpr int kCopied = kLanes == 16 ? 24 : 3 * kQueryRows;  // rows from which 16 bits are worth a copy in 32
 constexpr float kSlack = 4;  // a score may be so much above `top`: its weight is a number as exact as any
 
 // 2^r for |r| <= 1/2, the best of its degree.
@@ -150,13 +150,20 @@ WH_INLINE void scale_weights(const float* v_scale, const Span& span, float* row,
     for (int i = 0; i < span.count * kBlock; i += kLanes) store_shorts(shorts + i, round_to_int(load(row + i) * factor));
 }
 
-// Blocks of keys and values in float32, one after the other.
-template <class T>
-void copy_blocks(const T* const* from, int count, size_t each, float* to, const float** blocks) {
+// Blocks of `steps` times `width` pairs in float32, one after the other.
+void copy_blocks(const HalfPair* const* from, int count, int steps, int width, float* to, const float** blocks) {
+    const size_t each = static_cast<size_t>(2) * steps * width;
     for (int b = 0; b < kBlocks; b++) {
         blocks[b] = to + std::min(b, count - 1) * each;
         if (b >= count) continue;
-        for (size_t i = 0; i < each; i += kLanes) store(to + b * each + i, widen(from[b] + i));
+        for (int i = 0; i < steps; i++) {
+            for (int c = 0; c < width; c += kLanes) {
+                const HalfPair* pairs = from[b] + i * width + c;
+                float* line = to + b * each + static_cast<size_t>(2) * i * width + c;
+                store(line, load_first(pairs));
+                store(line + width, load_second(pairs));
+            }
+        }
     }
 }
 
@@ -176,11 +183,11 @@ void read_blocks(const Tile& tile, const Keys& keys, Reach reach, const Span& sp
         if (!plain) adjust(tile, r, keys, reach, span, s + r * kSpan);
         weigh(tile, r, wide, count, s + r * kSpan, running);
     }
-    if constexpr (std::is_same_v<T, Pair>) {
-        alignas(64) int32_t pairs[kTileRows * kRow<Pair>];
+    if constexpr (std::is_same_v<T, BytePair>) {
+        alignas(64) int32_t pairs[kTileRows * kRow<BytePair>];
         float grain[kTileRows];
         for (int r = 0; r < tile.rows; r++)
-            scale_weights(keys.v_scale, span, s + r * kSpan, reinterpret_cast<int16_t*>(pairs + r * kRow<Pair>), grain + r);
+            scale_weights(keys.v_scale, span, s + r * kSpan, reinterpret_cast<int16_t*>(pairs + r * kRow<BytePair>), grain + r);
         add(Weights<T>{pairs, grain}, tile.rows, v, wide, span.count, next.v, tile.y);
     } else {
         add(Weights<T>{s, nullptr}, tile.rows, v, wide, span.count, next.v, tile.y);
@@ -190,19 +197,21 @@ void read_blocks(const Tile& tile, const Keys& keys, Reach reach, const Span& sp
 template <class T>
 void read_span(const Tile& tile, const Keys& keys, Reach reach, const Span& span, bool plain, int slot, int last,
                Running& running) {
-    const size_t steps = steps_of<T>(keys.dim), wide = round_up(keys.dim, kBlock);
+    const int steps = steps_of<T>(keys.dim), wide = round_up(keys.dim, kBlock);
     const T *k[kBlocks + 1], *v[kBlocks + 1];
     const auto at = [&](int slot, int b) {
         k[b] = static_cast<const T*>(keys.k) + static_cast<size_t>(slot) * steps;
         v[b] = static_cast<const T*>(keys.v) + static_cast<size_t>(slot) / kTogether<T> * wide;
     };
     for (int b = 0; b < kBlocks; b++) at(span.slot[std::min(b, span.count - 1)], b);
-    if constexpr (std::is_same_v<T, uint16_t>) {
+    if constexpr (std::is_same_v<T, HalfPair>) {
         if (tile.rows >= kCopied) {
             const float *keys_copy[kBlocks], *values_copy[kBlocks];
-            copy_blocks(k, span.count, kBlock * steps, tile.spare, keys_copy);
-            copy_blocks(v, span.count, kBlock * wide, tile.spare + kSpan * steps, values_copy);
-            return read_blocks<float>(tile, keys, reach, span, plain, keys_copy, values_copy, {nullptr, nullptr}, running);
+            Keys even = keys;
+            even.dim = 2 * steps;
+            copy_blocks(k, span.count, steps, kBlock, tile.spare, keys_copy);
+            copy_blocks(v, span.count, kBlock / 2, wide, tile.spare + kSpan * even.dim, values_copy);
+            return read_blocks<float>(tile, even, reach, span, plain, keys_copy, values_copy, {nullptr, nullptr}, running);
         }
     }
     at(slot, kBlocks);
@@ -238,9 +247,9 @@ void attend(const Tile& tile, const Keys& keys, Reach reach, int first, int last
     if (keys.format == WH_FLOAT32)
         read_slots<float>(tile, keys, reach, first, last, running);
     else if (keys.format == WH_BFLOAT16)
-        read_slots<uint16_t>(tile, keys, reach, first, last, running);
+        read_slots<HalfPair>(tile, keys, reach, first, last, running);
     else
-        read_slots<Pair>(tile, keys, reach, first, last, running);
+        read_slots<BytePair>(tile, keys, reach, first, last, running);
     for (int row = 0; row < tile.rows; row++) {
         tile.top[row] = running.top[row];
         tile.total[row] = reduce_add(running.total[row]);

@@ -10,11 +10,11 @@
 namespace wh {
 
 constexpr int kTileRows = 96;  // query rows that read a block of keys while it is in the nearest cache
-constexpr int kQueryRows = kLanes == 16 ? 16 : kLanes == 8 ? 6 : 3;  // of them at once, their sums in registers
+constexpr int kQueryRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 3;  // of them at once, their sums in registers
 constexpr int kSpan = 64;      // keys whose scores stand together
 constexpr float kMost = 32767, kLeast = 1e-30f;  // of 16 bits, which a row's largest becomes; below kLeast it is nothing
 
-// One key/value head of one row of the batch, as the cache keeps it: with WH_INT8 in pairs, of numbers of a key, and of
+// One key/value head of one row of the batch, as the cache keeps it: below 32 bits in pairs, of numbers of a key, and of
 // numbers of two keys' values.
 struct Keys {
     int format;                      // WH_FLOAT32, WH_BFLOAT16 or WH_INT8
@@ -34,11 +34,11 @@ struct Reach {
 // Query rows and what attention gives for them.
 struct Tile {
     int rows;
-    const void* q;       // [rows/kQueryRows][dim][kQueryRows] floats, scaled; for pairs [..][dim/2][..] int32_t
-    const float* grain;  // [rows], for pairs: what 1 is worth
+    const void* q;       // [rows/kQueryRows][dim][kQueryRows] floats, scaled; for WH_INT8 pairs [..][dim/2][..] int32_t
+    const float* grain;  // [rows], for WH_INT8: what 1 is worth
     const int32_t* pos;  // [rows]
     const float* slope;  // [rows], of the penalty on distance; null: none
-    float* spare;        // [kSpan][dim + padded dim], for 16 bits that many rows read
+    float* spare;        // [kSpan][even dim + padded dim], for 16 bits that many rows read
     float* y;            // [rows][padded dim], weighted sums of values
     float* top;          // [rows], about the largest score, -infinity where nothing was read
     float* total;        // [rows], the sum of the weights exp(score - top)

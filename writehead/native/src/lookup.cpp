@@ -15,24 +15,29 @@ constexpr int kLeastSlots = 64;      // of a part of the cache: below, merging c
 
 // Numbers of scratch memory that a thread needs: for the queries of a tile, and for keys and values.
 size_t scratch_numbers(int dim) {
-    return static_cast<size_t>(round_up(kTileRows, kQueryRows)) * dim + static_cast<size_t>(kSpan) * (dim + round_up(dim, kBlock));
+    const size_t even = round_up(dim, 2);
+    return round_up(kTileRows, kQueryRows) * even + kSpan * (even + round_up(dim, kBlock));
 }
 
-// to[d * kQueryRows + row] = from[row][d], for numbers of 32 bits of whatever kind.
+// to[d * kQueryRows + row] = factor * from[row][d].
 template <class Number>
-void interleave(const Number* const* from, int rows, int count, Number* to) {
+void interleave(const Number* const* from, int rows, int count, Number factor, Number* to) {
+    typedef Number four __attribute__((vector_size(16)));
     int d = 0;
-    for (; rows >= 4 && d + 4 <= count; d += 4) {
+    for (; kQueryRows >= 4 && d + 4 <= count; d += 4) {
         for (int row = 0; row < rows; row += 4) {
-            const int first = std::min(row, rows - 4);  // the last four may overlap those before
+            const int first = std::max(0, std::min(row, rows - 4));  // the last four may overlap those before, or repeat
             vec4 lines[4];
-            for (int i = 0; i < 4; i++) lines[i] = load_as<vec4>(from[first + i] + d);
+            for (int i = 0; i < 4; i++) {
+                const four line = load_as<four>(from[std::min(first + i, rows - 1)] + d) * factor;
+                std::memcpy(lines + i, &line, sizeof line);
+            }
             transpose4(lines);
             for (int i = 0; i < 4; i++) std::memcpy(to + (d + i) * kQueryRows + first, lines + i, sizeof lines[i]);
         }
     }
     for (; d < count; d++) {
-        for (int row = 0; row < rows; row++) to[d * kQueryRows + row] = from[row][d];
+        for (int row = 0; row < rows; row++) to[d * kQueryRows + row] = factor * from[row][d];
     }
 }
 
@@ -51,10 +56,10 @@ float round_row(const float* from, int dim, float scale, int16_t* to) {
     return scale * (top / limit) + reduce_add(wrong);
 }
 
-// Scaled queries as a tile wants them: to[d][row].
+// Scaled queries as a tile wants them: to[d][row]; where keys are in pairs, an odd one out meets zeros.
 void pack_queries(const float* const* from, int rows, int dim, float scale, float* to) {
-    interleave(from, rows, dim, to);
-    for (int i = 0; i < dim * kQueryRows; i++) to[i] *= scale;
+    interleave(from, rows, dim, scale, to);
+    if (dim % 2) std::fill_n(to + static_cast<size_t>(dim) * kQueryRows, kQueryRows, 0.0f);
 }
 
 // The same as pairs of integers, and what those of each row are worth.
@@ -66,7 +71,7 @@ void pack_pairs(const float* const* from, int rows, int dim, float scale, void* 
         grain[row] = round_row(from[row], dim, scale, reinterpret_cast<int16_t*>(line));
         pairs[row] = line;
     }
-    interleave(pairs, rows, (dim + 1) / 2, static_cast<int32_t*>(to));
+    interleave(pairs, rows, (dim + 1) / 2, 1, static_cast<int32_t*>(to));
 }
 
 }  // namespace
@@ -121,7 +126,7 @@ int Lookup::first_slot(const Part& part, int split) const {
 
 size_t Lookup::key_bytes() const {
     const size_t D = cache_.head_dim;
-    return cache_.format == WH_FLOAT32 ? 4 * D : cache_.format == WH_BFLOAT16 ? 2 * D : round_up(D, 2);
+    return cache_.format == WH_FLOAT32 ? 4 * D : cache_.format == WH_BFLOAT16 ? 2 * round_up(D, 2) : round_up(D, 2);
 }
 
 size_t Lookup::value_bytes() const { return wide_ * (cache_.format == WH_FLOAT32 ? 4 : cache_.format == WH_BFLOAT16 ? 2 : 1); }
@@ -147,7 +152,7 @@ void Lookup::read_part(size_t unit, const Look& look, const float* q, int apart,
     const auto [part_number, head, split] = place(unit);
     const Part& part = parts_[part_number];
     const int D = cache_.head_dim, rows = part.last - part.first;
-    const bool pairs = cache_.format == WH_INT8;
+    const int numbers = cache_.format == WH_FLOAT32 ? D : cache_.format == WH_BFLOAT16 ? round_up(D, 2) : (D + 1) / 2;
     int pos[kTileRows];
     float slope[kTileRows], grain[kTileRows];
     const float* from[kTileRows];
@@ -158,15 +163,15 @@ void Lookup::read_part(size_t unit, const Look& look, const float* q, int apart,
         pos[r] = tokens_[token].pos;
         if (look.slopes) slope[r] = look.slopes[query_head];
     }
-    float* spare = scratch + static_cast<size_t>(round_up(kTileRows, kQueryRows)) * D;
-    const auto pack = [&](int r, int some) {
-        if (pairs)
-            pack_pairs(from + r, some, D, look.scale, spare, scratch + r * ((D + 1) / 2), grain + r);
+    float* spare = scratch + static_cast<size_t>(round_up(kTileRows, kQueryRows)) * round_up(D, 2);
+    for (int r = 0; r < rows; r += kQueryRows) {
+        const int some = std::min(kQueryRows, rows - r);
+        float* to = scratch + r * numbers;
+        if (cache_.format == WH_INT8)
+            pack_pairs(from + r, some, D, look.scale, spare, to, grain + r);
         else
-            pack_queries(from + r, some, D, look.scale, scratch + r * D);
-    };
-    for (int r = 0; r < rows; r += kQueryRows)
-        pack(r, std::min(kQueryRows, rows - r));
+            pack_queries(from + r, some, D, look.scale, to);
+    }
     const int begin = first_slot(part, split), end = first_slot(part, split + 1);
     Keys keys = keys_at(part, head, look);
     if (unit + 1 < parts_.size() * cache_.kv_heads * splits_) {  // as a rule this thread's next
@@ -188,24 +193,28 @@ void Lookup::read_part(size_t unit, const Look& look, const float* q, int apart,
 
 void Lookup::collect(int token, float* to) const {
     const int D = cache_.head_dim, first_part = part_of_[token], heads = cache_.kv_heads;
-    for (int h = 0; h < cache_.heads; h++) {
+    for (int h = 0; h < cache_.heads; h++, to += D) {
         const int row = (token - parts_[first_part].token) * group_ + h % group_;
         const size_t unit = (static_cast<size_t>(first_part + row / kTileRows) * heads + h / group_) * splits_;
-        const size_t at = unit * rows_ + row % kTileRows;
-        float top = -INFINITY, total = 0;
-        for (int s = 0; s < splits_; s++) top = std::max(top, top_[at + static_cast<size_t>(s) * rows_]);
-        float* y = to + h * D;
-        const auto weight = [&](int s) {
-            return top == -INFINITY ? 1 : std::exp(top_[at + static_cast<size_t>(s) * rows_] - top);
-        };
-        for (int s = 0; s < splits_; s++) total += weight(s) * total_[at + static_cast<size_t>(s) * rows_];
-        std::fill_n(y, D, 0.0f);
-        if (total == 0) continue;  // nothing was read
-        for (int s = 0; s < splits_; s++) {
-            const float share = weight(s) / total;
-            const float* from = y_.data() + (at + static_cast<size_t>(s) * rows_) * wide_;
-            for (int d = 0; d < D; d++) y[d] += share * from[d];
-        }
+        merge(unit * rows_ + row % kTileRows, to);
+    }
+}
+
+// The sums of one row over all stretches of the cache, by its weights' sum.
+void Lookup::merge(size_t at, float* to) const {
+    const int D = cache_.head_dim, apart = rows_;
+    float top = -INFINITY, total = 0;
+    for (int s = 0; s < splits_; s++) top = std::max(top, top_[at + s * apart]);
+    const auto weight = [&](int s) { return top == -INFINITY ? 1 : std::exp(top_[at + s * apart] - top); };
+    for (int s = 0; s < splits_; s++) total += weight(s) * total_[at + s * apart];
+    std::fill_n(to, D, 0.0f);
+    if (total == 0) return;  // nothing was read
+    for (int s = 0; s < splits_; s++) {
+        const float share = weight(s) / total;
+        const float* from = y_.data() + (at + s * apart) * wide_;
+        int d = 0;
+        for (; d + kLanes <= D; d += kLanes) store(to + d, fma(splat(share), load(from + d), load(to + d)));
+        for (; d < D; d++) to[d] += share * from[d];
     }
 }
 

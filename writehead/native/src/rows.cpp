@@ -138,7 +138,7 @@ void store_key_value(const wh_cache& cache, int row, int layer, int head, int sl
     const size_t first = place * cache.slots, at = first + slot;
     float* k_scale = cache.k_scale ? cache.k_scale + at : nullptr;
     float* v_scale = cache.v_scale ? cache.v_scale + at : nullptr;
-    const int together = cache.format == WH_INT8 ? 2 : 1;  // numbers of a key, or keys of a value
+    const int together = cache.format == WH_FLOAT32 ? 1 : 2;  // numbers of a key, or keys of a value
     const size_t keys = (first + slot / kBlock * kBlock) * round_up(D, together), lane = slot % kBlock * together;
     const size_t values = at / together * together * wide + at % together;
     put(cache.format, cache.k, k, D, k_scale,

@@ -52,13 +52,6 @@ inline void finish(const vec (&sums)[R][V], const Output& out) {
     }
 }
 
-// Does row r of a tile read its number anew for each vector, not once into a register? Where instructions are what
-// is short, some rows should; with all of them loads would be.
-constexpr bool in_place(int r, int V) {
-    constexpr int kOf = 9, kSome = 4;
-    return V == 1 || (r + 1) * kSome / kOf != r * kSome / kOf;
-}
-
 inline vec load_weights(const float* w) { return load(w); }
 inline vec load_weights(const uint16_t* w) { return load_bf16(w); }
 

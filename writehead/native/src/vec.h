@@ -94,18 +94,25 @@ inline vec add_product(vec sum, vec a, const float* b) {
 #endif
 }
 
+// Does row r of a tile read its number anew for each vector, not once into a register? Where instructions are what
+// is short, some rows should; with all of them loads would be.
+constexpr bool in_place(int r, int V) {
+    constexpr int kOf = 9, kSome = 4;
+    return V == 1 || (r + 1) * kSome / kOf != r * kSome / kOf;
+}
+
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 inline vec min(vec a, vec b) { return a < b ? a : b; }
 inline vec as_float(ivec v) { return (vec)v; }
 inline ivec as_int(vec v) { return (ivec)v; }
 inline vec to_float(ivec v) { return __builtin_convertvector(v, vec); }
 
-// Two small numbers whose products with two others are added at once.
-struct Pair {
+// Two numbers of 8 bits, whose products with two others are added at once.
+struct BytePair {
     int8_t first, second;
 };
 
-inline svec load_pairs(const Pair* from) {
+inline svec load_pairs(const BytePair* from) {
 #if defined(__AVX512F__)
     return (svec)_mm512_cvtepi8_epi16(load_as<__m256i>(from));
 #elif defined(__AVX2__)
@@ -114,6 +121,14 @@ inline svec load_pairs(const Pair* from) {
     return __builtin_convertvector(load_as<byte_pairs>(from), svec);
 #endif
 }
+
+// Two bfloat16, the halves of a lane: either is a float after one instruction, where a narrow load takes two.
+struct HalfPair {
+    uint16_t first, second;
+};
+
+inline vec load_first(const HalfPair* from) { return (vec)(load_as<uvec>(from) << 16); }
+inline vec load_second(const HalfPair* from) { return (vec)(load_as<uvec>(from) & 0xffff0000u); }
 
 // Adds to each lane of `sum` the products of two pairs of 16 bits.
 inline ivec add_product(ivec sum, svec a, ivec b) {

@@ -66,8 +66,8 @@ typedef struct {
 } wh_model;
 
 // Keys and values of several layers for the rows of a batch, as the kernels read them: k is
-// [rows][layers][kv_heads][slots/16][head_dim][16], v [rows][layers][kv_heads][slots][head_dim to a multiple of 16]. With
-// WH_INT8 two numbers of a key lie together, k [..][slots/16][head_dim/2][16][2] (a last one alone beside a zero), and
+// [rows][layers][kv_heads][slots/16][head_dim][16], v [rows][layers][kv_heads][slots][head_dim to a multiple of 16]. Below
+// 32 bits two numbers of a key lie together, k [..][slots/16][head_dim/2][16][2] (a last one alone beside a zero), and
 // those of two keys' values, v [..][slots/2][head_dim to a multiple of 16][2].
 typedef struct {
     int32_t format, layers, heads, kv_heads, head_dim;
