@@ -11,7 +11,7 @@ namespace wh {
 
 constexpr int kTileRows = 96;  // query rows that read a block of keys while it is in the nearest cache
 constexpr int kQueryRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 3;  // of them at once, their sums in registers
-constexpr int kSpan = 64;      // keys whose scores stand together
+constexpr int kSpan = 128;     // keys whose scores stand together
 constexpr float kMost = 32767, kLeast = 1e-30f;  // of 16 bits, which a row's largest becomes; below kLeast it is nothing
 
 // One key/value head of one row of the batch, as the cache keeps it: below 32 bits in pairs, of numbers of a key, and of
