@@ -102,8 +102,8 @@ void Lookup::plan(const wh_cache& cache, const std::vector<Token>& tokens, int t
     splits_ = units == 0 || threads == 1 ? 1 : std::min((wanted + units - 1) / units, std::max(1, most / kLeastSlots));
     const size_t sums = static_cast<size_t>(units) * splits_ * rows_;
     y_.reserve(sums * wide_);
-    top_.reserve(sums);
-    total_.reserve(sums);
+    top_.reserve(sums + kLanes);  // whole vectors are read
+    total_.reserve(sums + kLanes);
     scratch_.reserve(static_cast<size_t>(threads) * scratch_numbers(cache.head_dim));
 }
 
@@ -192,29 +192,35 @@ void Lookup::read_part(size_t unit, const Look& look, const float* q, int apart,
 }
 
 void Lookup::collect(int token, float* to) const {
-    const int D = cache_.head_dim, first_part = part_of_[token], heads = cache_.kv_heads;
-    for (int h = 0; h < cache_.heads; h++, to += D) {
-        const int row = (token - parts_[first_part].token) * group_ + h % group_;
-        const size_t unit = (static_cast<size_t>(first_part + row / kTileRows) * heads + h / group_) * splits_;
-        merge(unit * rows_ + row % kTileRows, to);
+    const int first_part = part_of_[token], begin = (token - parts_[first_part].token) * group_;
+    for (int head = 0; head < cache_.kv_heads; head++) {
+        for (int row = begin, some; row < begin + group_; row += some, to += some * cache_.head_dim) {
+            some = std::min({kLanes, begin + group_ - row, kTileRows - row % kTileRows});
+            const size_t unit = (static_cast<size_t>(first_part + row / kTileRows) * cache_.kv_heads + head) * splits_;
+            merge(unit * rows_ + row % kTileRows, some, to);
+        }
     }
 }
 
-// The sums of one row over all stretches of the cache, by its weights' sum.
-void Lookup::merge(size_t at, float* to) const {
-    const int D = cache_.head_dim, apart = rows_;
-    float top = -INFINITY, total = 0;
-    for (int s = 0; s < splits_; s++) top = std::max(top, top_[at + s * apart]);
-    const auto weight = [&](int s) { return top == -INFINITY ? 1 : std::exp(top_[at + s * apart] - top); };
-    for (int s = 0; s < splits_; s++) total += weight(s) * total_[at + s * apart];
-    std::fill_n(to, D, 0.0f);
-    if (total == 0) return;  // nothing was read
+// The sums of some rows over all stretches of the cache, by the sums of their weights; a row that read nothing gets zeros.
+void Lookup::merge(size_t at, int rows, float* to) const {
+    const int D = cache_.head_dim;
+    vec top = splat(-INFINITY), total = {};
+    for (int s = 0; s < splits_; s++) top = max(top, load(top_.data() + at + s * rows_));
+    top = top > splat(-INFINITY) ? top : vec{};
+    const auto weight = [&](int s) { return exp(load(top_.data() + at + s * rows_) - top); };
+    for (int s = 0; s < splits_; s++) total = fma(weight(s), load(total_.data() + at + s * rows_), total);
+    std::fill_n(to, static_cast<size_t>(rows) * D, 0.0f);
     for (int s = 0; s < splits_; s++) {
-        const float share = weight(s) / total;
-        const float* from = y_.data() + (at + s * apart) * wide_;
-        int d = 0;
-        for (; d + kLanes <= D; d += kLanes) store(to + d, fma(splat(share), load(from + d), load(to + d)));
-        for (; d < D; d++) to[d] += share * from[d];
+        float share[kLanes];
+        store(share, total == vec{} ? vec{} : weight(s) / total);
+        for (int r = 0; r < rows; r++) {
+            const float* from = y_.data() + (at + s * rows_ + r) * wide_;
+            float* y = to + r * D;
+            int d = 0;
+            for (; d + kLanes <= D; d += kLanes) store(y + d, fma(splat(share[r]), load(from + d), load(y + d)));
+            for (; d < D; d++) y[d] += share[r] * from[d];
+        }
     }
 }
 

@@ -58,7 +58,7 @@ class Lookup {
     size_t value_bytes() const;
     Keys keys_at(const Part& part, int head, const Look& look) const;
     void read_part(size_t unit, const Look& look, const float* q, int apart, float* scratch);
-    void merge(size_t at, float* to) const;
+    void merge(size_t at, int rows, float* to) const;
 
     wh_cache cache_{};
     std::vector<Token> tokens_;
