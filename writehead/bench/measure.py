@@ -17,9 +17,7 @@ from writehead.core import system
 
 Case = Callable[[], float | None]
 Progress = Callable[[str, int, int], None]
-FOREIGN_CORES = (
-    0.12  # a sample is disturbed when other processes, or other guests of its host, use more than this
-)
+FOREIGN_CORES = 0.12  # a sample is disturbed when others (see `Foreign`) use more than this
 SHORTEST_WATCH = 0.1  # seconds; the kernel counts in ticks of 10 ms, so a shorter watch says nothing
 
 
