@@ -35,11 +35,16 @@ def quiet(monkeypatch):
     monkeypatch.setattr(measure.Foreign, "cores", lambda self: 0.0)
 
 
-def test_cases_take_turns_after_their_warmup(quiet):
+def test_cases_take_turns_after_their_warmup_in_orders_that_differ(quiet):
     order = []
     cases = {name: lambda name=name: order.append(name) or 1.0 for name in "ABC"}
-    alternate(cases, rounds=2, warmup=2, min_seconds=0)
-    assert "".join(order) == "AABBCC" + "ABCABC"
+    alternate(cases, rounds=12, warmup=2, min_seconds=0)
+    assert "".join(order[:6]) == "AABBCC"
+    rounds = ["".join(order[i : i + 3]) for i in range(6, len(order), 3)]
+    assert {"".join(sorted(each)) for each in rounds} == {"ABC"}
+    assert {each[0] for each in rounds} == {each[1] for each in rounds} == set("ABC")
+    assert {each[:2] for each in rounds} >= {"AB", "CB"}
+    assert len(rounds) == 12
 
 
 def test_a_case_reports_its_own_seconds(quiet):
@@ -84,7 +89,8 @@ def test_progress_is_told_before_every_turn(quiet):
         min_seconds=0,
         progress=lambda *step: seen.append(step),
     )
-    assert seen == [("a", 0, 2), ("b", 0, 2), ("a", 1, 2), ("b", 1, 2)]
+    assert sorted(seen) == [("a", 0, 2), ("a", 1, 2), ("b", 0, 2), ("b", 1, 2)]
+    assert [index for _, index, _ in seen] == [0, 0, 1, 1]
 
 
 def test_a_failing_case_becomes_a_row_and_the_others_go_on(quiet):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -18,6 +19,7 @@ from writehead.core import system
 Case = Callable[[], float | None]
 Progress = Callable[[str, int, int], None]
 FOREIGN_CORES = 0.12  # a sample is disturbed when others (see `Foreign`) use more than this
+REST = 0.02  # seconds before a turn: threads of the library before go on looking for work for some 10 ms
 SHORTEST_WATCH = 0.1  # seconds; the kernel counts in ticks of 10 ms, so a shorter watch says nothing
 
 
@@ -134,7 +136,9 @@ def alternate(
     budget_s: float = math.inf,
     progress: Progress | None = None,
 ) -> dict[str, Timing]:
-    """Measure competing callables in turns (A B C, A B C, ...), so that drift of the machine meets all alike.
+    """Measure competing callables in turns, so that drift of the machine meets all alike.
+
+    Each round has an order of its own, since what ran just before is felt.
 
     Args:
         cases: callables by name; one that returns a float reports its own seconds, else the call is timed.
@@ -171,9 +175,10 @@ def alternate(
         running = [name for name in cases if name not in errors]
         if index >= rounds and all(clean(name) >= rounds for name in running):
             break
-        for name in running:
+        for name in random.Random(index).sample(running, len(running)):
             if progress is not None:
                 progress(name, index, max(rounds, index + 1))
+            time.sleep(REST)
             try:
                 samples[name].append(turn(cases[name], min_seconds))
             except CaseError as problem:

@@ -47,6 +47,8 @@ struct Products<BytePair> {
 template <class T>
 using Sum = typename Products<T>::Sum;
 template <class T>
+using Wide = typename Products<T>::Wide;
+template <class T>
 using Number = typename Products<T>::Number;  // of queries and weights
 template <class T>
 constexpr int kTogether = Products<T>::kTogether;  // numbers of a key, or keys of a value, that are a T
@@ -59,19 +61,10 @@ int steps_of(int dim) { return (dim + kTogether<T> - 1) / kTogether<T>; }
 template <class T>
 constexpr int kRow = kSpan * kParts<T> / kTogether<T>;  // numbers from one row of weights to the next
 
-// The parts of V vectors.
-template <class T, int V>
-using Wide = typename Products<T>::Wide[kParts<T>][V];
-
-template <int V>
-inline void widen(const float* from, int j, Wide<float, V>& to) { to[0][j] = load(from); }
-template <int V>
-inline void widen(const HalfPair* from, int j, Wide<HalfPair, V>& to) {
-    to[0][j] = load_first(from);
-    to[1][j] = load_second(from);
-}
-template <int V>
-inline void widen(const BytePair* from, int j, Wide<BytePair, V>& to) { to[0][j] = load_pairs(from); }
+// Part p of a vector, widened.
+inline vec part(const float* from, int) { return load(from); }
+inline vec part(const HalfPair* from, int p) { return p == 0 ? load_first(from) : load_second(from); }
+inline svec part(const BytePair* from, int) { return load_pairs(from); }
 
 inline vec same(float x) { return splat(x); }
 inline ivec same(int32_t x) { return splat_int(x); }
@@ -144,11 +137,12 @@ template <int ROWS, int V, int F, class T>
 void score_tile(Queries<T> q, const T* const* k, const char* ahead, float* s) {
     Sum<T> sums[ROWS][V] = {};
     const auto step = [&](int d) {
-        Wide<T, V> key;
-        WH_UNROLL for (int j = 0; j < V; j++) widen<V>(k[j / kPer] + d * kBlock + j % kPer * kLanes, j, key);
-        WH_UNROLL for (int p = 0; p < kParts<T>; p++)
+        WH_UNROLL for (int p = 0; p < kParts<T>; p++) {
+            Wide<T> key[V];
+            WH_UNROLL for (int j = 0; j < V; j++) key[j] = part(k[j / kPer] + d * kBlock + j % kPer * kLanes, p);
             WH_UNROLL for (int r = 0; r < ROWS; r++)
-                add_row(r, sums[r], key[p], q.numbers + (d * kParts<T> + p) * kQueryRows + r);
+                add_row(r, sums[r], key, q.numbers + (d * kParts<T> + p) * kQueryRows + r);
+        }
     };
     int d = 0;
     for (; d + kUnit <= q.steps; d += kUnit, ahead += F * kLine) {
@@ -209,11 +203,12 @@ void add_values(Weights<T> w, const T* const* v, int wide, int blocks, const cha
     WH_UNROLL for (int r = 0; r < ROWS; r++)
         WH_UNROLL for (int c = 0; c < V; c++) begin(sums[r][c], y + r * wide + c * kLanes);
     const auto step = [&](int b, int i) {
-        Wide<T, V> value;
-        WH_UNROLL for (int c = 0; c < V; c++) widen<V>(v[b] + i * wide + c * kLanes, c, value);
-        WH_UNROLL for (int p = 0; p < kParts<T>; p++)
+        WH_UNROLL for (int p = 0; p < kParts<T>; p++) {
+            Wide<T> value[V];
+            WH_UNROLL for (int c = 0; c < V; c++) value[c] = part(v[b] + i * wide + c * kLanes, p);
             WH_UNROLL for (int r = 0; r < ROWS; r++)
-                add_row(r, sums[r], value[p], w.numbers + r * kRow<T> + (b * kSteps<T> + i) * kParts<T> + p);
+                add_row(r, sums[r], value, w.numbers + r * kRow<T> + (b * kSteps<T> + i) * kParts<T> + p);
+        }
     };
     for (int b = 0; b < blocks; b++) {
         for (int u = 0; u < kSteps<T>; u += kUnit, ahead += F * kLine) {

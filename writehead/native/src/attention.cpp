@@ -102,12 +102,13 @@ struct Running {
 
 // Takes the largest of a row's scores for its `top`; rescales its sums.
 WH_COLD void raise(const Tile& tile, int row, int wide, vec most, Running& running) {
-    const float top = reduce_max(most);
-    const float shrink = std::exp(running.top[row] - top);
+    const float top = reduce_max(most), before = running.top[row];
+    running.top[row] = top;
+    if (before == -INFINITY) return;  // sums are zeros still
+    const float shrink = std::exp(before - top);
     float* y = tile.y + row * wide;
     for (int c = 0; c < wide; c += kLanes) store(y + c, splat(shrink) * load(y + c));
     running.total[row] *= splat(shrink);
-    running.top[row] = top;
 }
 
 // Turns N vectors of scores into weights: their sum.

@@ -10,13 +10,31 @@
 namespace wh {
 namespace {
 
-constexpr int kPiecesPerThread = 4;  // so that a thread that lost its core delays little
-constexpr int kLeastSlots = 64;      // of a part of the cache: below, merging costs more than it brings
+constexpr int kLeastSlots = 64;    // of a stretch of the cache
+constexpr int kStretchSlots = 96;  // that are read in the time that beginning and merging a stretch takes
+constexpr int kMostStretches = 8;  // for each thread
+constexpr int kMerged = 16;        // that are read side by side, since another thread's sums are far away
 
 // Numbers of scratch memory that a thread needs: for the queries of a tile, and for keys and values.
 size_t scratch_numbers(int dim) {
     const size_t even = round_up(dim, 2);
     return round_up(kTileRows, kQueryRows) * even + kSpan * (even + round_up(dim, kBlock));
+}
+
+// Into how many stretches each of `units` caches is cut. The last thread to end has its share of the pieces, and may have
+// begun half a piece late: small pieces make up for that, large ones are cheaper.
+int stretches(int units, int slots, int threads) {
+    if (units == 0 || threads == 1) return 1;
+    int best = 1;
+    double least = INFINITY;
+    for (int s = 1; s == 1 || (s * units <= kMostStretches * threads && s * kLeastSlots <= slots); s++) {
+        const double time = ((units * s + threads - 1) / threads + 0.5) * (static_cast<double>(slots) / s + kStretchSlots);
+        if (time < least) {
+            best = s;
+            least = time;
+        }
+    }
+    return best;
 }
 
 // to[d * kQueryRows + row] = factor * from[row][d].
@@ -98,8 +116,8 @@ void Lookup::plan(const wh_cache& cache, const std::vector<Token>& tokens, int t
         rows_ = std::max(rows_, std::min(rows, kTileRows));
         most = std::max(most, slots);
     }
-    const int units = static_cast<int>(parts_.size()) * cache.kv_heads, wanted = kPiecesPerThread * threads;
-    splits_ = units == 0 || threads == 1 ? 1 : std::min((wanted + units - 1) / units, std::max(1, most / kLeastSlots));
+    const int units = static_cast<int>(parts_.size()) * cache.kv_heads;
+    splits_ = stretches(units, most, threads);
     const size_t sums = static_cast<size_t>(units) * splits_ * rows_;
     y_.reserve(sums * wide_);
     top_.reserve(sums + kLanes);  // whole vectors are read
@@ -205,21 +223,29 @@ void Lookup::collect(int token, float* to) const {
 // The sums of some rows over all stretches of the cache, by the sums of their weights; a row that read nothing gets zeros.
 void Lookup::merge(size_t at, int rows, float* to) const {
     const int D = cache_.head_dim;
+    const size_t apart = static_cast<size_t>(rows_) * wide_;
     vec top = splat(-INFINITY), total = {};
     for (int s = 0; s < splits_; s++) top = max(top, load(top_.data() + at + s * rows_));
     top = top > splat(-INFINITY) ? top : vec{};
     const auto weight = [&](int s) { return exp(load(top_.data() + at + s * rows_) - top); };
     for (int s = 0; s < splits_; s++) total = fma(weight(s), load(total_.data() + at + s * rows_), total);
     std::fill_n(to, static_cast<size_t>(rows) * D, 0.0f);
-    for (int s = 0; s < splits_; s++) {
-        float share[kLanes];
-        store(share, total == vec{} ? vec{} : weight(s) / total);
+    for (int first = 0; first < splits_; first += kMerged) {
+        const int some = std::min(kMerged, splits_ - first);
+        float share[kMerged][kLanes];
+        for (int s = 0; s < some; s++) store(share[s], total == vec{} ? vec{} : weight(first + s) / total);
         for (int r = 0; r < rows; r++) {
-            const float* from = y_.data() + (at + s * rows_ + r) * wide_;
+            const float* from = y_.data() + (at + first * rows_ + r) * wide_;
             float* y = to + r * D;
             int d = 0;
-            for (; d + kLanes <= D; d += kLanes) store(y + d, fma(splat(share[r]), load(from + d), load(y + d)));
-            for (; d < D; d++) y[d] += share[r] * from[d];
+            for (; d + kLanes <= D; d += kLanes) {
+                vec sum = load(y + d);
+                for (int s = 0; s < some; s++) sum = fma(splat(share[s][r]), load(from + s * apart + d), sum);
+                store(y + d, sum);
+            }
+            for (; d < D; d++) {
+                for (int s = 0; s < some; s++) y[d] += share[s][r] * from[s * apart + d];
+            }
         }
     }
 }
