@@ -19,7 +19,6 @@ from writehead.core import system
 Case = Callable[[], float | None]
 Progress = Callable[[str, int, int], None]
 FOREIGN_CORES = 0.12  # a sample is disturbed when others (see `Foreign`) use more than this
-REST = 0.02  # seconds before a turn: threads of the library before go on looking for work for some 10 ms
 SHORTEST_WATCH = 0.1  # seconds; the kernel counts in ticks of 10 ms, so a shorter watch says nothing
 
 
@@ -138,7 +137,8 @@ def alternate(
 ) -> dict[str, Timing]:
     """Measure competing callables in turns, so that drift of the machine meets all alike.
 
-    Each round has an order of its own, since what ran just before is felt.
+    Each round has an order of its own, since a case feels what ran before it: PyTorch's threads, for one, go on
+    looking for work for some 10 ms.
 
     Args:
         cases: callables by name; one that returns a float reports its own seconds, else the call is timed.
@@ -178,7 +178,6 @@ def alternate(
         for name in random.Random(index).sample(running, len(running)):
             if progress is not None:
                 progress(name, index, max(rounds, index + 1))
-            time.sleep(REST)
             try:
                 samples[name].append(turn(cases[name], min_seconds))
             except CaseError as problem:

@@ -15,14 +15,14 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int kFloatRows = 9, kFloatBlocks = 3, kByteRows = 6, kByteBlocks = 2;
 #elif defined(__AVX2__)
-constexpr int kFloatRows = 6, kFloatBlocks = 1, kByteRows = 2, kByteBlocks = 1;
+constexpr int kFloatRows = 6, kFloatBlocks = 1, kByteRows = 4, kByteBlocks = 1;
 #else
 constexpr int kFloatRows = 3, kFloatBlocks = 1, kByteRows = 1, kByteBlocks = 1;
 #endif
 constexpr int kTallRows = kLanes == 16 ? 28 : kFloatRows;  // of bfloat16 in a tile of one block: each is widened once
 constexpr int kPanel = 128;      // inputs of a float panel, which stays in the first cache while tiles pass
 constexpr int kCopied = 3;       // tiles from which bfloat16 weights are worth a copy in float32
-constexpr int kAhead = 4096;     // bytes
+constexpr int kAhead = kLanes == 16 ? 4096 : 1024;  // bytes, as measured on Cascade Lake and on Zen 3
 constexpr int kBlockRows = 128;  // of x that several blocks of outputs read one after the other
 constexpr int kPieceBytes = 64 * 1024, kPieces = 16;  // the most bytes, the least pieces of a matrix: a few us each
 constexpr int kFew = 4;          // rows below which one block of outputs at a time is fastest

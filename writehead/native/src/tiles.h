@@ -129,11 +129,12 @@ void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t s
     constexpr int kBytes = group_bytes(F);
     vec sums[R][V] = {};
     for (int g = 0; g < groups; g++, x.values += kUnits * R, x.scales += R, x.taken += R, x.sums += R) {
+        const auto start = [&](int r) { return F == kInt8 ? x.taken[r] : kWhole; };
         ivec products[R][V];
         WH_UNROLL
         for (int r = 0; r < R; r++) {
             WH_UNROLL
-            for (int v = 0; v < V; v++) products[r][v] = splat_int(F == kInt8 ? x.taken[r] : kWhole);
+            for (int v = 0; v < V; v++) products[r][v] = begin_dots<F == kInt4>(start(r));
         }
         WH_UNROLL
         for (int j = 0; j < kUnits; j++) {
@@ -165,7 +166,8 @@ void byte_tile(const uint8_t* w, size_t stride, const uint16_t* scales, size_t s
             const vec scale = load_f16(from), taken_off = less(scale), least = F == kInt4 ? load_f16(from + kBlock) : vec{};
             WH_UNROLL
             for (int r = 0; r < R; r++) {
-                sums[r][v] = add_product(sums[r][v], scaled(products[r][v], scale, taken_off), x.scales + r);
+                const ivec whole = end_dots<F == kInt4>(products[r][v], start(r));
+                sums[r][v] = add_product(sums[r][v], scaled(whole, scale, taken_off), x.scales + r);
                 if (F == kInt4) sums[r][v] = add_product(sums[r][v], least, x.sums + r);
             }
         }

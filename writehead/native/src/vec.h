@@ -130,13 +130,21 @@ struct HalfPair {
 inline vec load_first(const HalfPair* from) { return (vec)(load_as<uvec>(from) << 16); }
 inline vec load_second(const HalfPair* from) { return (vec)(load_as<uvec>(from) & 0xffff0000u); }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// sum + x, not later: GCC would put sums off and keep what they add in memory until then.
+inline ivec add_now(ivec sum, __m256i x) {
+    asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x));
+    return sum;
+}
+#endif
+
 // Adds to each lane of `sum` the products of two pairs of 16 bits.
 inline ivec add_product(ivec sum, svec a, ivec b) {
 #if defined(__AVX512VNNI__)
     asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
 #elif defined(__AVX2__)
-    return sum + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    return add_now(sum, _mm256_madd_epi16((__m256i)a, (__m256i)b));
 #elif defined(__SSE2__)
     return sum + (ivec)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #elif defined(__aarch64__)
@@ -288,16 +296,18 @@ inline ivec dot_bytes(ivec sum, bvec w, ivec x) {
 inline ivec dot_nibbles(ivec sum, bvec w, ivec x) { return dot_bytes(sum, w, x); }
 #elif defined(__AVX2__)
 constexpr int kTaken = 128;
-// w in [0, 15]: no pair of products leaves 16 bits.
+inline ivec add_pairs(ivec sum, __m256i pairs) { return add_now(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))); }
+// w in [0, 15]: no eight pairs of products leave 16 bits, 16 * 15 * 127 < 2^15. Until `end_dots` a lane holds two sums.
 inline ivec dot_nibbles(ivec sum, bvec w, ivec x) {
     const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
-    return sum + (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(pairs));
+    return sum;
 }
 // The sign goes over to x, so that no pair of products leaves 16 bits: 2 * 128 * 127 < 2^15.
 inline ivec dot_bytes(ivec sum, bvec w, ivec x) {
     const __m256i centred = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8(-128));
     const __m256i turned = _mm256_sign_epi8((__m256i)x, centred);
-    return dot_nibbles(sum, (bvec)_mm256_abs_epi8(centred), (ivec)turned);
+    return add_pairs(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(centred), turned));
 }
 #elif defined(__aarch64__)
 constexpr int kTaken = 128;
@@ -344,6 +354,22 @@ inline ivec add_dot(ivec sum, bvec w, const int32_t* x) {
 #else
     return add_dot<NIBBLES>(sum, w, splat_int(*x));
 #endif
+}
+
+// What a sum of at most eight dots that is to begin at `start` begins with, and what it is in the end.
+template <bool NIBBLES>
+inline ivec begin_dots(int32_t start) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    if (NIBBLES) return ivec{};
+#endif
+    return splat_int(start);
+}
+template <bool NIBBLES>
+inline ivec end_dots(ivec sum, [[maybe_unused]] int32_t start) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    if (NIBBLES) return add_pairs(splat_int(start), (__m256i)sum);
+#endif
+    return sum;
 }
 
 // Integers n with |n| < 2^22 times a scale of few bits: n that begins at kWhole is a float without a conversion, since
