@@ -1,5 +1,6 @@
 """The engine that runs a packed decoder with the native kernels."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,7 +99,7 @@ class NativeEngine:
         check_shape("tokens", tokens, "B T", B=len(state.next))
         real = tokens >= 0
         found = self._run(tokens, state, real)
-        if len(found) == tokens.numel():
+        if found.shape[0] == tokens.numel():
             return found.view(*tokens.shape, -1), state
         logits = found.new_zeros(*tokens.shape, self.vocab)
         logits[real] = found
@@ -122,7 +123,7 @@ class NativeEngine:
 
     def _run(self, tokens: Tensor, state: NativeState, wanted: Tensor) -> Tensor:
         """Take tokens (B, T) into the state, in calls that its rings can take: the logits (N, V) wanted."""
-        most = int(tokens.max()) if tokens.numel() else -1
+        most = int(tokens.numpy().max(initial=-1))  # NumPy: a step's small sums take PyTorch several times as long
         if most >= self.vocab:
             raise ValueError(f"token {most} is not in the vocabulary of {self.vocab} (0 to {self.vocab - 1})")
         B, T = tokens.shape
@@ -139,13 +140,13 @@ class NativeEngine:
 
     def _call(self, tokens: Tensor, state: NativeState, wanted: Tensor) -> Tensor:
         B, T = tokens.shape
-        top = int(state.next.max()) + T
+        top = int(state.next.numpy().max()) + T
         places = self._places(tokens, state.next)
         state.caches = tuple(cache.grown(top) for cache in state.caches)
         held = [cache.struct(kept) for cache, kept in zip(state.caches, self.outline.caches, strict=True)]
         wide = structs.round_up(self.vocab)
-        logits = torch.empty(int(wanted.sum()), wide)
-        flags = wanted.contiguous().view(torch.uint8)
+        flags = wanted.contiguous()
+        logits = torch.empty(np.count_nonzero(flags.numpy()), wide)
         call = structs.Call(
             rows=B,
             tokens=T,

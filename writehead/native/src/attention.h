@@ -14,6 +14,16 @@ constexpr int kQueryRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 3;  // of them a
 constexpr int kSpan = 128;     // keys whose scores stand together
 constexpr float kMost = 32767, kLeast = 1e-30f;  // of 16 bits, which a row's largest becomes; below kLeast it is nothing
 
+// What a format of keys and values needs; attend_products.h says how its numbers are multiplied.
+struct Stored {
+    int size;      // bytes of a number
+    int together;  // numbers of a key, or keys of a value, that lie side by side
+    int query;     // bytes of a number of the queries
+};
+inline Stored stored(int format) {
+    return format == WH_FLOAT32 ? Stored{4, 1, 4} : format == WH_BFLOAT16 ? Stored{2, 2, 4} : Stored{1, 2, 2};
+}
+
 // One key/value head of one row of the batch, as the cache keeps it: below 32 bits in pairs, of numbers of a key, and of
 // numbers of two keys' values.
 struct Keys {

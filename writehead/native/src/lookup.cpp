@@ -96,6 +96,7 @@ void pack_pairs(const float* const* from, int rows, int dim, float scale, void* 
 
 void Lookup::plan(const wh_cache& cache, const std::vector<Token>& tokens, int threads) {
     cache_ = cache;
+    stored_ = stored(cache.format);
     tokens_ = tokens;
     group_ = cache.heads / cache.kv_heads;
     wide_ = round_up(cache.head_dim, kBlock);
@@ -142,12 +143,9 @@ int Lookup::first_slot(const Part& part, int split) const {
     return std::min(part.slots, split * round_up((part.slots + splits_ - 1) / splits_, kBlock));
 }
 
-size_t Lookup::key_bytes() const {
-    const size_t D = cache_.head_dim;
-    return cache_.format == WH_FLOAT32 ? 4 * D : cache_.format == WH_BFLOAT16 ? 2 * round_up(D, 2) : round_up(D, 2);
-}
+size_t Lookup::key_bytes() const { return static_cast<size_t>(stored_.size) * round_up(cache_.head_dim, stored_.together); }
 
-size_t Lookup::value_bytes() const { return wide_ * (cache_.format == WH_FLOAT32 ? 4 : cache_.format == WH_BFLOAT16 ? 2 : 1); }
+size_t Lookup::value_bytes() const { return static_cast<size_t>(stored_.size) * wide_; }
 
 Keys Lookup::keys_at(const Part& part, int head, const Look& look) const {
     const int row = tokens_[part.token].row;
@@ -170,7 +168,7 @@ void Lookup::read_part(size_t unit, const Look& look, const float* q, int apart,
     const auto [part_number, head, split] = place(unit);
     const Part& part = parts_[part_number];
     const int D = cache_.head_dim, rows = part.last - part.first;
-    const int numbers = cache_.format == WH_FLOAT32 ? D : cache_.format == WH_BFLOAT16 ? round_up(D, 2) : (D + 1) / 2;
+    const size_t each = static_cast<size_t>(stored_.query) * round_up(D, stored_.together);  // bytes of a packed query
     int pos[kTileRows];
     float slope[kTileRows], grain[kTileRows];
     const float* from[kTileRows];
@@ -184,7 +182,7 @@ void Lookup::read_part(size_t unit, const Look& look, const float* q, int apart,
     float* spare = scratch + static_cast<size_t>(round_up(kTileRows, kQueryRows)) * round_up(D, 2);
     for (int r = 0; r < rows; r += kQueryRows) {
         const int some = std::min(kQueryRows, rows - r);
-        float* to = scratch + r * numbers;
+        float* to = scratch + r * each / sizeof(float);
         if (cache_.format == WH_INT8)
             pack_pairs(from + r, some, D, look.scale, spare, to, grain + r);
         else

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "attention.h"
 #include "linear.h"
 #include "vec.h"
 
@@ -138,11 +139,10 @@ void store_key_value(const wh_cache& cache, int row, int layer, int head, int sl
     const size_t first = place * cache.slots, at = first + slot;
     float* k_scale = cache.k_scale ? cache.k_scale + at : nullptr;
     float* v_scale = cache.v_scale ? cache.v_scale + at : nullptr;
-    const int together = cache.format == WH_FLOAT32 ? 1 : 2;  // numbers of a key, or keys of a value
-    const size_t keys = (first + slot / kBlock * kBlock) * round_up(D, together), lane = slot % kBlock * together;
-    const size_t values = at / together * together * wide + at % together;
-    put(cache.format, cache.k, k, D, k_scale,
-        [&](size_t i) { return keys + i / together * together * kBlock + lane + i % together; });
+    const size_t together = stored(cache.format).together, odd = together - 1;  // of 1 or 2 a bit: numbers need no division
+    const size_t keys = (first + slot / kBlock * kBlock) * ((D + odd) & ~odd), lane = slot % kBlock * together;
+    const size_t values = (at & ~odd) * wide + (at & odd);
+    put(cache.format, cache.k, k, D, k_scale, [&](size_t i) { return keys + (i & ~odd) * kBlock + lane + (i & odd); });
     put(cache.format, cache.v, v, D, v_scale, [&](size_t i) { return values + i * together; });
 }
 
