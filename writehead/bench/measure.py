@@ -137,8 +137,8 @@ def alternate(
 ) -> dict[str, Timing]:
     """Measure competing callables in turns, so that drift of the machine meets all alike.
 
-    Each round has an order of its own, since a case feels what ran before it: PyTorch's threads, for one, go on
-    looking for work for some 10 ms.
+    Each round has an order of its own, since a case feels what ran before it: PyTorch's threads, for one, go
+    on looking for work for some 10 ms.
 
     Args:
         cases: callables by name; one that returns a float reports its own seconds, else the call is timed.

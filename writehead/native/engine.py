@@ -123,7 +123,7 @@ class NativeEngine:
 
     def _run(self, tokens: Tensor, state: NativeState, wanted: Tensor) -> Tensor:
         """Take tokens (B, T) into the state, in calls that its rings can take: the logits (N, V) wanted."""
-        most = int(tokens.numpy().max(initial=-1))  # NumPy: a step's small sums take PyTorch several times as long
+        most = int(tokens.numpy().max(initial=-1))  # in PyTorch such sums take several times as long
         if most >= self.vocab:
             raise ValueError(f"token {most} is not in the vocabulary of {self.vocab} (0 to {self.vocab - 1})")
         B, T = tokens.shape
@@ -146,7 +146,7 @@ class NativeEngine:
         held = [cache.struct(kept) for cache, kept in zip(state.caches, self.outline.caches, strict=True)]
         wide = structs.round_up(self.vocab)
         flags = wanted.contiguous()
-        logits = torch.empty(np.count_nonzero(flags.numpy()), wide)
+        logits = torch.empty(int(np.count_nonzero(flags.numpy())), wide)
         call = structs.Call(
             rows=B,
             tokens=T,
