@@ -21,14 +21,15 @@ size_t scratch_numbers(int dim) {
     return round_up(kTileRows, kQueryRows) * even + kSpan * (even + round_up(dim, kBlock));
 }
 
-// Into how many stretches each of `units` caches is cut. The last thread to end has its share of the pieces, and may have
-// begun half a piece late: small pieces make up for that, large ones are cheaper.
+// Into how many stretches each of `units` caches is cut. The last thread to end has its share of the pieces, and ends about
+// a piece late: small pieces make up for that, large ones are cheaper.
 int stretches(int units, int slots, int threads) {
     if (units == 0 || threads == 1) return 1;
     int best = 1;
     double least = INFINITY;
     for (int s = 1; s == 1 || (s * units <= kMostStretches * threads && s * kLeastSlots <= slots); s++) {
-        const double time = ((units * s + threads - 1) / threads + 0.5) * (static_cast<double>(slots) / s + kStretchSlots);
+        const int pieces = (units * s + threads - 1) / threads + 1;
+        const double time = pieces * (static_cast<double>(slots) / s + kStretchSlots);
         if (time < least) {
             best = s;
             least = time;
