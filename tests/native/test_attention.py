@@ -150,7 +150,7 @@ def test_attention_is_its_definition(kernel: Kernel, shape: dict[str, int], dtyp
 
 @pytest.mark.parametrize("name", runnable())
 def test_a_long_cache_that_many_threads_share_is_merged_from_all_its_stretches(name: str) -> None:
-    kernel = Kernel(name, 8)  # 24 stretches, of which 16 are merged at a time
+    kernel = Kernel(name, 8)  # 40 stretches, of which 16 are merged at a time
     assert_right(kernel, Case({"B": 1, "T": 1, "H": 20, "G": 1, "D": 24, "S": 16384}, torch.float32))
     kernel.library.wh_team_free(kernel.team)
 
