@@ -29,20 +29,20 @@ template <>
 struct Products<float> {
     typedef vec Sum, Wide;
     typedef float Number;
-    static constexpr int kTogether = 1, kParts = 1;
+    static constexpr int kFormat = WH_FLOAT32, kParts = 1;
 };
 template <>
 struct Products<HalfPair> {
     typedef vec Sum, Wide;
     typedef float Number;
-    static constexpr int kTogether = 2, kParts = 2;
+    static constexpr int kFormat = WH_BFLOAT16, kParts = 2;
 };
 template <>
 struct Products<BytePair> {
     typedef ivec Sum;
     typedef svec Wide;
     typedef int32_t Number;
-    static constexpr int kTogether = 2, kParts = 1;
+    static constexpr int kFormat = WH_INT8, kParts = 1;
 };
 template <class T>
 using Sum = typename Products<T>::Sum;
@@ -51,7 +51,7 @@ using Wide = typename Products<T>::Wide;
 template <class T>
 using Number = typename Products<T>::Number;  // of queries and weights
 template <class T>
-constexpr int kTogether = Products<T>::kTogether;  // numbers of a key, or keys of a value, that are a T
+constexpr int kTogether = stored(Products<T>::kFormat).together;  // numbers of a key, or keys of a value, that are a T
 template <class T>
 constexpr int kParts = Products<T>::kParts;  // what a T is multiplied in
 template <class T>

@@ -20,7 +20,7 @@ struct Stored {
     int together;  // numbers of a key, or keys of a value, that lie side by side
     int query;     // bytes of a number of the queries
 };
-inline Stored stored(int format) {
+constexpr Stored stored(int format) {
     return format == WH_FLOAT32 ? Stored{4, 1, 4} : format == WH_BFLOAT16 ? Stored{2, 2, 4} : Stored{1, 2, 2};
 }
 

@@ -97,7 +97,6 @@ void pack_pairs(const float* const* from, int rows, int dim, float scale, void* 
 
 void Lookup::plan(const wh_cache& cache, const std::vector<Token>& tokens, int threads) {
     cache_ = cache;
-    stored_ = stored(cache.format);
     tokens_ = tokens;
     group_ = cache.heads / cache.kv_heads;
     wide_ = round_up(cache.head_dim, kBlock);
@@ -144,9 +143,12 @@ int Lookup::first_slot(const Part& part, int split) const {
     return std::min(part.slots, split * round_up((part.slots + splits_ - 1) / splits_, kBlock));
 }
 
-size_t Lookup::key_bytes() const { return static_cast<size_t>(stored_.size) * round_up(cache_.head_dim, stored_.together); }
+size_t Lookup::key_bytes() const {
+    const Stored kind = stored(cache_.format);
+    return static_cast<size_t>(kind.size) * round_up(cache_.head_dim, kind.together);
+}
 
-size_t Lookup::value_bytes() const { return static_cast<size_t>(stored_.size) * wide_; }
+size_t Lookup::value_bytes() const { return static_cast<size_t>(stored(cache_.format).size) * wide_; }
 
 Keys Lookup::keys_at(const Part& part, int head, const Look& look) const {
     const int row = tokens_[part.token].row;
@@ -169,7 +171,8 @@ void Lookup::read_part(size_t unit, const Look& look, const float* q, int apart,
     const auto [part_number, head, split] = place(unit);
     const Part& part = parts_[part_number];
     const int D = cache_.head_dim, rows = part.last - part.first;
-    const size_t each = static_cast<size_t>(stored_.query) * round_up(D, stored_.together);  // bytes of a packed query
+    const Stored kind = stored(cache_.format);
+    const size_t each = static_cast<size_t>(kind.query) * round_up(D, kind.together);  // bytes of a packed query
     int pos[kTileRows];
     float slope[kTileRows], grain[kTileRows];
     const float* from[kTileRows];

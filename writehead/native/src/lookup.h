@@ -61,7 +61,6 @@ class Lookup {
     void merge(size_t at, int rows, float* to) const;
 
     wh_cache cache_{};
-    Stored stored_{};
     std::vector<Token> tokens_;
     int group_ = 1, wide_ = 0, rows_ = 0, splits_ = 1;
     std::vector<Part> parts_;

@@ -9,6 +9,7 @@ namespace wh {
 
 constexpr int kParts = kBlock / kLanes;  // vectors that hold the outputs of a block
 constexpr int kUnits = kGroup / 4;       // 4-byte units in a group; those of 16 outputs are a cache line
+static_assert(kUnits <= 8, "sums of nibbles are kept in 16 bits until `end_dots`");
 constexpr int kMostFetched = 3;          // lines that a tile fetches at a time
 
 // Where the sums of a tile go, and what to fetch meanwhile: a line of each for every line of a block that it reads.

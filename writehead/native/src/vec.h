@@ -130,7 +130,7 @@ struct HalfPair {
 inline vec load_first(const HalfPair* from) { return (vec)(load_as<uvec>(from) << 16); }
 inline vec load_second(const HalfPair* from) { return (vec)(load_as<uvec>(from) & 0xffff0000u); }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
 // sum + x, not later: GCC would put sums off and keep what they add in memory until then.
 inline ivec add_now(ivec sum, __m256i x) {
     asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x));
