@@ -155,7 +155,7 @@ void check_attention(wh_team* team, int format, int H, int G, int D, int context
     void* kept_k = format == WH_INT8 ? (void*)k_byte.data() : format == WH_BFLOAT16 ? (void*)k_half.data() : (void*)k.data();
     void* kept_v = format == WH_INT8 ? (void*)v_byte.data() : format == WH_BFLOAT16 ? (void*)v_half.data() : (void*)v.data();
     const bool bytes = format == WH_INT8;
-    wh_cache cache = {format, 1, H, G, D, slots, 0, 0, context, kept_k, kept_v,
+    wh_cache cache = {format, 1, H, G, D, slots, 0, 0, kept_k, kept_v,
                       bytes ? k_scale.data() : nullptr, bytes ? v_scale.data() : nullptr, pos.data()};
     const float scale = 0.1f;
     if (wh_attend(team, &cache, 0, 1, 1, tokens, q.data(), at.data(), scale, window, lead, nullptr, y.data())) failures++;

@@ -40,7 +40,6 @@ class Kernel:
             case.pos.shape[1],
             0,
             0,
-            0,
             *pointers,
         )
         done = self.library.wh_attend(

@@ -135,7 +135,9 @@ def test_padding_between_tokens_is_passed_over_and_an_idle_row_remembers_nothing
     _, state = engine.start(draw(2, 4), Store())
     gaps = torch.tensor([[-1, 5, -1, -1, 6], [-1, -1, -1, -1, -1]])
     logits, state = engine.verify(gaps, state)
-    assert torch.isfinite(logits).all()
+    assert not logits[0, [0, 2, 3]].any()
+    assert not logits[1].any()
+    assert not engine.step(torch.tensor([-1, -1]), select(state, torch.arange(2)))[0].any()
     _, other = engine.start(draw(2, 4), Store())
     right, other = engine.verify(torch.tensor([[5, 6], [-1, -1]]), other)
     close(logits[0, [1, 4]], right[0])
@@ -176,6 +178,28 @@ def test_a_rewound_state_is_the_one_before(mixer: str, dtype: torch.dtype | None
         _, state = engine.verify(extra, state)
         again, _ = engine.verify(later, rewind(state, torch.tensor(counts)))
         close(again, right, bound)
+
+
+def test_a_state_goes_on_while_another_outgrows_the_angles_that_it_was_bound_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "FIRST_TURNS", 32)
+    engine = native(single("gqa"))
+    (_, short), (_, right) = (engine.start(draw(2, 3), Store(capacity=40)) for _ in range(2))
+    engine.start(draw(1, 60), Store())
+    for t in range(30):
+        assert torch.equal(*(engine.step(draw(2, 1, t)[:, 0], state)[0] for state in (short, right)))
+        right = select(right, torch.arange(2))  # bound anew at every step
+
+
+def test_a_token_that_does_not_exist_changes_nothing() -> None:
+    engine, later = native(single("gqa")), draw(2, 3, 1)
+    _, state = engine.start(draw(2, 4), Store())
+    right, _ = engine.verify(later, select(state, torch.arange(2)))
+    for wrong in ([3, 11], [11, -1]):
+        with pytest.raises(ValueError, match=r"token 11 is not in the vocabulary of 11 \(0 to 10\)"):
+            engine.step(torch.tensor(wrong), state)
+    assert torch.equal(engine.verify(later, state)[0], right)
 
 
 def test_a_ring_says_when_it_cannot_rewind() -> None:

@@ -174,7 +174,7 @@ class _Layers:
         self.scales = scales
         held = [pointer(each) for each in (self.k, self.v, *scales, self.pos)]
         self.cache = Cache(
-            FORMATS.index(stored), self.layers, HEADS, kv_heads, HEAD_DIM, context, 0, 0, context, *held
+            FORMATS.index(stored), self.layers, HEADS, kv_heads, HEAD_DIM, context, 0, 0, *held
         )
 
     def case(self, engine: ctypes.CDLL, helpers: int) -> Callable[[], float]:

@@ -70,7 +70,8 @@ class Rows:
 
 def to_numpy(x: Tensor) -> Floats:
     """The tensor's values, float32 or wider; they share memory where they can."""
-    values: Floats = x.detach().to("cpu", torch.promote_types(x.dtype, torch.float32)).numpy()
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    values: Floats = wide.detach().cpu().numpy()
     return values
 
 

@@ -1,6 +1,5 @@
 """The engine that runs a packed decoder with the native kernels."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from writehead.native.covers import cover
 from writehead.native.formats import Packed
 from writehead.native.kernels import PREFILL_TOKENS, Kernels
 from writehead.native.outline import TABLE
-from writehead.native.state import NativeState, empty, nbytes
+from writehead.native.state import Bound, NativeState, empty, nbytes
 from writehead.native.weights import PackedModel
 
 
@@ -80,30 +79,25 @@ class NativeEngine:
         caches = tuple(empty(kept, B, store) for kept in self.outline.caches)
         state = NativeState(torch.zeros(B, dtype=torch.int64), caches)
         logits = torch.empty(B, self.vocab)
-        piece = max(1, PREFILL_TOKENS // B)
+        piece = max(1, min(PREFILL_TOKENS // B, self.outline.piece or T))
         for first in range(0, T, piece):
             part = tokens[:, first : first + piece]
             ends = torch.arange(first, first + part.shape[1]) == last[:, None]
-            logits[ends.any(1)] = self._run(part, state, ends)
+            logits[ends.any(1)] = self._call(part, state, ends)
         return logits, state
 
-    @torch.inference_mode()
     def step(self, tokens: Tensor, state: NativeState) -> tuple[Tensor, NativeState]:
         """As `Engine.step`."""
-        logits, state = self.verify(tokens[:, None], state)
-        return logits[:, 0], state
+        check_shape("tokens", tokens, "B", B=len(state.next))
+        return self._call(tokens, state), state
 
     @torch.inference_mode()
     def verify(self, tokens: Tensor, state: NativeState) -> tuple[Tensor, NativeState]:
         """As `Engine.verify`."""
         check_shape("tokens", tokens, "B T", B=len(state.next))
-        real = tokens >= 0
-        found = self._run(tokens, state, real)
-        if found.shape[0] == tokens.numel():
-            return found.view(*tokens.shape, -1), state
-        logits = found.new_zeros(*tokens.shape, self.vocab)
-        logits[real] = found
-        return logits, state
+        piece = self.outline.piece or max(1, tokens.shape[1])
+        found = [self._call(part, state) for part in tokens.split(piece, 1)]
+        return found[0] if len(found) == 1 else torch.cat(found, 1), state
 
     def weight_bytes(self) -> int:
         """As `Engine.weight_bytes`: tables of which only a few rows are read are left out."""
@@ -121,45 +115,33 @@ class NativeEngine:
         """As `Engine.memory_bytes`: the native engine runs no encoder."""
         return 0
 
-    def _run(self, tokens: Tensor, state: NativeState, wanted: Tensor) -> Tensor:
-        """Take tokens (B, T) into the state, in calls that its rings can take: the logits (N, V) wanted."""
-        most = int(tokens.numpy().max(initial=-1))  # in PyTorch such sums take several times as long
-        if most >= self.vocab:
-            raise ValueError(f"token {most} is not in the vocabulary of {self.vocab} (0 to {self.vocab - 1})")
-        B, T = tokens.shape
-        piece = self.outline.piece or T
-        if piece >= T:
-            return self._call(tokens.contiguous(), state, wanted)
-        order = wanted.flatten().cumsum(0).view(B, T) - 1
-        logits = torch.empty(int(wanted.sum()), self.vocab)
-        for first in range(0, T, piece):
-            at = slice(first, first + piece)
-            some = wanted[:, at]
-            logits[order[:, at][some]] = self._call(tokens[:, at].contiguous(), state, some)
-        return logits
+    def _call(self, tokens: Tensor, state: NativeState, wanted: Tensor | None = None) -> Tensor:
+        """Take tokens (B,) or (B, T) into the state: the logits (.., V) of all, or (N, V) of those wanted.
 
-    def _call(self, tokens: Tensor, state: NativeState, wanted: Tensor) -> Tensor:
-        B, T = tokens.shape
-        top = int(state.next.numpy().max()) + T
-        places = self._places(tokens, state.next)
-        state.caches = tuple(cache.grown(top) for cache in state.caches)
+        Between two steps a model's weights pass through all caches, so each call of PyTorch is slow here.
+        """
+        B, T = len(state.next), tokens.shape[1] if tokens.dim() == 2 else 1
+        if state.bound is None or state.bound.top + T > state.bound.room:
+            state.bound = self._bind(state, T)
+        call, ids = state.bound.call, tokens.contiguous()
+        state.bound.top += T
+        places = self._places(ids.view(B, T), state.next)
+        rows = ids.shape if wanted is None else (int(wanted.sum()),)
+        logits = torch.empty(*rows, call.logits_apart)
+        call.tokens, call.ids, call.logits = T, structs.pointer(ids), structs.pointer(logits)
+        call.places, call.wanted = structs.pointer(places), structs.pointer(wanted)
+        self._kernels.run(call)
+        return logits if call.logits_apart == self.vocab else logits[..., : self.vocab]
+
+    @torch.inference_mode()
+    def _bind(self, state: NativeState, tokens: int) -> Bound:
+        """A state with room for so many more tokens a row, as the kernels take it."""
+        top = int(state.next.max()) if len(state.next) else 0
+        state.caches = tuple(cache.grown(top + tokens) for cache in state.caches)
         held = [cache.struct(kept) for cache, kept in zip(state.caches, self.outline.caches, strict=True)]
-        wide = structs.round_up(self.vocab)
-        flags = wanted.contiguous()
-        logits = torch.empty(int(np.count_nonzero(flags.numpy())), wide)
-        call = structs.Call(
-            rows=B,
-            tokens=T,
-            ids=structs.pointer(tokens),
-            next=structs.pointer(state.next),
-            places=structs.pointer(places),
-            wanted=structs.pointer(flags),
-            logits=structs.pointer(logits),
-            logits_apart=wide,
-        )
-        for cache, used in zip(state.caches, self._kernels.run(call, held, top), strict=True):
-            cache.used = used
-        return logits[:, : self.vocab]
+        room = min(cache.room for cache in state.caches)
+        call, turns = self._kernels.call(held, len(state.next), state.next.data_ptr(), top + tokens)
+        return Bound(call, top, min(room, turns))
 
     def _places(self, tokens: Tensor, start: Tensor) -> Tensor | None:
         """What a scheme adds to the embeddings (B, T, X)."""

@@ -1,6 +1,7 @@
 """A model's weights on the threads of the native library, by their addresses: nothing of PyTorch."""
 
 import ctypes
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -63,33 +64,56 @@ class Kernels:
             raise ValueError(f"the native engine could not start {self.threads} threads; give fewer")
         weakref.finalize(self, loaded.wh_engine_free, self._engine)
 
-    def run(self, call: structs.Call, caches: Sequence[structs.Cache], top: int) -> list[int]:
+    def call(
+        self, caches: Sequence[structs.Cache], rows: int, next: int, top: int
+    ) -> tuple[structs.Call, float]:
+        """What is the same in all calls that take tokens into caches.
+
+        Args:
+            caches: one for each of the outline's; what they point to must live as long as the call is used.
+            rows: of a batch.
+            next: where each row's next position is, int64.
+            top: no token of the first calls stands at this position or beyond.
+
+        Returns:
+            The call, and the position from which on it has no angles: `top` or above.
+        """
+        held = (structs.Cache * len(caches))(*caches)
+        turns = self._turns_up_to(top)
+        call = structs.Call(
+            rows=rows,
+            next=next,
+            caches=held,
+            turns=None if turns is None else turns.ctypes.data,
+            logits_apart=structs.round_up(self.outline.vocab),
+        )
+        return call, math.inf if turns is None else len(turns)
+
+    def run(self, call: structs.Call) -> None:
         """Take tokens into caches and make the logits that are wanted.
 
         Args:
-            call: all but its caches and turns.
-            caches: one for each of the outline's.
-            top: no token of the call stands at this position or beyond.
-
-        Returns:
-            The slots that each cache has in use then.
+            call: of `call`, with tokens and with room for their logits.
 
         Raises:
             MemoryError: there is none for the activations.
+            ValueError: a token that is not in the vocabulary; nothing has changed then.
         """
-        held = (structs.Cache * len(caches))(*caches)
-        call.caches, call.turns = held, self._turns_up_to(top)
-        if self._library.wh_step(self._engine, ctypes.byref(call)):
+        failed = self._library.wh_step(self._engine, call)
+        if failed == structs.NO_TOKEN:
+            size = self.outline.vocab
+            ids = (ctypes.c_int64 * (call.rows * call.tokens)).from_address(call.ids)
+            raise ValueError(f"token {max(ids)} is not in the vocabulary of {size} (0 to {size - 1})")
+        if failed:
             raise MemoryError(f"no memory for a step of {call.rows} rows of {call.tokens} tokens")
-        return [cache.used for cache in held]
 
-    def _turns_up_to(self, top: int) -> int | None:
+    def _turns_up_to(self, top: int) -> NDArray[np.float32] | None:
+        """The angles of so many positions or more; they stay where they are, since calls point to them."""
         rotation = self.outline.rotation
-        if rotation is None:
-            return None
-        if self._turns is None or len(self._turns) < top:
+        if rotation is not None and (self._turns is None or len(self._turns) < top):
             self._turns = rotation.turns(max(FIRST_TURNS, 1 << (top - 1).bit_length()))
-        return int(self._turns.ctypes.data)
+            self._alive.append(self._turns)
+        return self._turns
 
     def _describe(self) -> structs.Model:
         outline = self.outline

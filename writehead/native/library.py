@@ -8,7 +8,7 @@ from writehead.core import system
 from writehead.native.build import FOLDER, instruction_sets
 from writehead.native.structs import Cache, Call, Matrix, Model
 
-VERSION = 3
+VERSION = 4
 NEEDS = {
     "avx512": ("avx512f", "avx512_vnni"),
     "avx2": ("avx2",),

@@ -20,12 +20,11 @@ Array = NDArray[Any]
 @dataclass
 class SoloCache:
     """Keys (1, L, G, S/16, D, 16), values (1, L, G, S/16, 16, D) and positions (1, S) of layers that keep the
-    same tokens, float32; from slot `used` on it is empty."""
+    same tokens, float32."""
 
     k: Array
     v: Array
     pos: Array
-    used: int = 0
 
 
 @dataclass
@@ -36,11 +35,13 @@ class SoloState:
         next: (1,) int64, the position of its next token.
         caches: of the outline's caches, with room for `room` tokens.
         room: tokens that it can take.
+        call: what is the same in all calls of the kernels.
     """
 
     next: Array
     caches: list[SoloCache]
     room: int
+    call: structs.Call
 
 
 class SoloEngine:
@@ -76,7 +77,11 @@ class SoloEngine:
 
     def empty(self, room: int) -> SoloState:
         """The state before a text of at most `room` tokens."""
-        return SoloState(np.zeros(1, np.int64), [_empty(kept, room) for kept in self.outline.caches], room)
+        next = np.zeros(1, np.int64)
+        caches = [_empty(kept, room) for kept in self.outline.caches]
+        held = [_struct(kept, cache) for kept, cache in zip(self.outline.caches, caches, strict=True)]
+        call, _ = self._kernels.call(held, 1, next.ctypes.data, room)
+        return SoloState(next, caches, room, call)
 
     def state_bytes(self, context: int) -> int:
         """Bytes of the caches after `context` tokens."""
@@ -114,19 +119,10 @@ class SoloEngine:
         wanted = np.zeros(len(ids), np.uint8)
         wanted[-1] = last
         places = None if self._table is None else np.ascontiguousarray(self._table[top - len(ids) : top])
-        held = [_struct(kept, cache) for kept, cache in zip(self.outline.caches, state.caches, strict=True)]
-        call = structs.Call(
-            rows=1,
-            tokens=len(ids),
-            ids=ids.ctypes.data,
-            next=state.next.ctypes.data,
-            places=None if places is None else places.ctypes.data,
-            wanted=wanted.ctypes.data,
-            logits=logits.ctypes.data,
-            logits_apart=logits.shape[1],
-        )
-        for cache, used in zip(state.caches, self._kernels.run(call, held, top), strict=True):
-            cache.used = used
+        call = state.call
+        call.tokens, call.ids, call.logits = len(ids), ids.ctypes.data, logits.ctypes.data
+        call.places, call.wanted = None if places is None else places.ctypes.data, wanted.ctypes.data
+        self._kernels.run(call)
 
 
 def _slots(kept: Kept, room: int) -> int:
@@ -157,7 +153,6 @@ def _struct(kept: Kept, cache: SoloCache) -> structs.Cache:
         cache.pos.shape[1],
         kept.lead,
         kept.ring(),
-        cache.used,
         cache.k.ctypes.data,
         cache.v.ctypes.data,
         None,

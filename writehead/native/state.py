@@ -4,6 +4,7 @@ Layers that keep the same tokens (equal reach, heads and widths) share a `Cache`
 two where windows alternate with full attention. A slot's position decides who reads it, as in `core.cache`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from writehead.core.slots import Layout, Store, forget
 from writehead.core.state import Node, Once, apply, join, rewind, select, tensors
 from writehead.native.outline import Kept
-from writehead.native.structs import BLOCK, FORMATS, pointer, round_up
+from writehead.native.structs import BLOCK, FORMATS, Call, pointer, round_up
 from writehead.native.structs import Cache as CacheStruct
 
 STORED = {
@@ -33,7 +34,6 @@ class Cache(Node):
         v: float32 (B, L, G, S/16, 16, D), else (B, L, G, S/16, 8, D, 2), D padded to a multiple of 16.
         pos: (B, S) int32, -1 = empty.
         layout: which slot a position takes.
-        used: from this slot on every row is empty.
         scales: none, or with int8 those of k and v, (B, L, G, S/16, 16) float32.
     """
 
@@ -41,13 +41,24 @@ class Cache(Node):
     v: Tensor
     pos: Tensor
     layout: Layout
-    used: int
     scales: tuple[Tensor, Tensor] | None
 
     @property
     def slots(self) -> int:
         """Slots S of every row."""
         return self.pos.shape[1]
+
+    @property
+    def room(self) -> float:
+        """Tokens that it can take without more slots, infinite where it forgets."""
+        limit = self.layout.limit
+        return math.inf if limit is not None and limit <= self.slots else self.slots
+
+    @property
+    def used(self) -> int:
+        """From this slot on every row is empty."""
+        whole = self.layout.window is not None or not self.pos.numel()
+        return self.slots if whole else int(self.pos.max()) + 1
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (self.k, self.v, self.pos, *(self.scales or ()))
@@ -75,13 +86,10 @@ class Cache(Node):
         slots = max(self.slots, other.slots)
         a, b = self.resized(slots), other.resized(slots)
         theirs = iter([b.k, b.v, *(b.scales or ())])
-        whole = a._with(lambda t: torch.cat([t, next(theirs)]), torch.cat([a.pos, b.pos]))
-        return replace(whole, used=max(self.used, other.used))
+        return a._with(lambda t: torch.cat([t, next(theirs)]), torch.cat([a.pos, b.pos]))
 
     def rewind(self, n: Tensor, once: Once) -> "Cache":
-        pos = forget(self.pos, n, self.layout)
-        used = self.used if self.layout.window is not None or not self.slots else int(pos.max()) + 1
-        return replace(self, pos=pos, used=used)
+        return replace(self, pos=forget(self.pos, n, self.layout))
 
     def grown(self, context: int) -> "Cache":
         """The same with slots for so many tokens."""
@@ -114,14 +122,28 @@ class Cache(Node):
             self.slots,
             self.layout.lead,
             0 if self.layout.window is None else self.layout.ring,
-            self.used,
             *map(pointer, (self.k, self.v, *(self.scales or (None, None)), self.pos)),
         )
 
     def _with(self, function: Callable[[Tensor], Tensor], pos: Tensor) -> "Cache":
         k, v = function(self.k), function(self.v)
         scales = self.scales and (function(self.scales[0]), function(self.scales[1]))
-        return Cache(k, v, pos, self.layout, self.used, scales)
+        return Cache(k, v, pos, self.layout, scales)
+
+
+@dataclass(slots=True, eq=False)
+class Bound:
+    """A state as the kernels take it, as long as its tensors stay where they are.
+
+    Attributes:
+        call: what is the same in all of its calls.
+        top: no token stands at this position or beyond.
+        room: nor may one stand at this position or beyond.
+    """
+
+    call: Call
+    top: int
+    room: float
 
 
 @dataclass(slots=True, eq=False)
@@ -131,10 +153,12 @@ class NativeState(Node):
     Attributes:
         next: (B,) int64, the position of each row's next token.
         caches: of the layers that keep the same tokens.
+        bound: to the kernels, once they took tokens into it; of this object alone.
     """
 
     next: Tensor
     caches: tuple[Cache, ...]
+    bound: Bound | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         yield self.next
@@ -161,7 +185,7 @@ def empty(kept: Kept, rows: int, store: Store) -> Cache:
     k, v = torch.zeros(keys, dtype=dtype), torch.zeros(values, dtype=dtype)
     pos = torch.full((rows, S), -1, dtype=torch.int32)
     both = (torch.zeros(scales[0]), torch.zeros(scales[1])) if scales else None
-    return Cache(k, v, pos, _layout(kept, store), 0, both)
+    return Cache(k, v, pos, _layout(kept, store), both)
 
 
 def nbytes(kept: Kept, rows: int, store: Store, context: int) -> int:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")  # the order of these is that of the C enumerations
 NORMS = ("none", "rms", "layer")
+NO_MEMORY, NO_TOKEN = -1, -2  # what calls return that could not do what they should
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "sigmoid")
 LANES, GROUP = 16, 32  # outputs side by side in a packed matrix; inputs that share a scale
 BLOCK = LANES  # slots of a cache whose keys lie side by side
@@ -81,7 +82,7 @@ class Cache(ctypes.Structure):
     """`wh_cache`."""
 
     _fields_ = [
-        *_fields(c_int32, "format layers heads kv_heads head_dim slots lead ring used"),
+        *_fields(c_int32, "format layers heads kv_heads head_dim slots lead ring"),
         *_fields(c_void_p, "k v k_scale v_scale pos"),
     ]
 

@@ -1,7 +1,7 @@
 #include "linear.h"
 #include "team.h"
 
-int32_t wh_version(void) { return 3; }
+int32_t wh_version(void) { return 4; }
 
 const char* wh_instructions(void) {
 #if defined(__AVX512F__)
@@ -32,13 +32,13 @@ int32_t wh_linear(wh_team* team, const wh_matrix* w, const float* x, int32_t row
     try {
         team->scratch.reserve(needed);
     } catch (...) {
-        return -1;
+        return WH_NO_MEMORY;
     }
     void* scratch = team->scratch.data();
     const wh::Pieces pieces(*w, rows, wh::kBlock);
     if (needed) team->team.share(rows, [&](int row) { wh::prepare(*w, x, w->k, row, row + 1, rows, scratch); });
     team->team.share(pieces.count(), [&](int i) { wh::multiply(*w, x, scratch, rows, pieces[i], y, w->n, false); });
-    return 0;
+    return WH_DONE;
 }
 
 int32_t wh_attend(wh_team* team, const wh_cache* cache, int32_t layer, int32_t layers, int32_t rows, int32_t tokens,
@@ -50,11 +50,11 @@ int32_t wh_attend(wh_team* team, const wh_cache* cache, int32_t layer, int32_t l
         for (int i = 0; i < count; i++) all.push_back({i / tokens, pos[i]});
         team->lookup.plan(*cache, all, team->team.threads());
     } catch (...) {
-        return -1;
+        return WH_NO_MEMORY;
     }
     for (int i = 0; i < layers; i++, y += static_cast<size_t>(count) * apart) {
         team->lookup.read(team->team, {layer + i, {window, lead}, scale, slopes}, q, apart);
         team->team.share(count, [&](int token) { team->lookup.collect(token, y + static_cast<size_t>(token) * apart); });
     }
-    return 0;
+    return WH_DONE;
 }

@@ -50,7 +50,7 @@ struct wh_engine {
   public:
     wh_engine(const wh_model& given, int threads);
 
-    void step(const wh_call& call);
+    int32_t step(const wh_call& call);
 
   private:
     void number(const wh_call& call);
@@ -63,6 +63,7 @@ struct wh_engine {
     void feed_inner(const wh_layer& layer);
     void feed_outer(const wh_layer& layer);
     void run(const wh_call& call);
+    void spread(const wh_call& call) const;
 
     template <class Fill>
     Input fill(const wh_matrix& m, int rows, const Fill& row_of);
@@ -104,11 +105,14 @@ wh_engine::wh_engine(const wh_model& given, int threads)
     lookups = std::vector<wh::Lookup>(caches);
 }
 
-void wh_engine::step(const wh_call& call) {
+int32_t wh_engine::step(const wh_call& call) {
+    for (int at = 0; at < call.rows * call.tokens; at++)
+        if (call.ids[at] >= model.vocab) return WH_NO_TOKEN;
     number(call);
     reserve();
-    if (tokens.empty()) return;
-    run(call);
+    if (!tokens.empty()) run(call);
+    if (!call.wanted) spread(call);
+    return WH_DONE;
 }
 
 // Gives each real token its position and its slot in every cache.
@@ -119,16 +123,15 @@ void wh_engine::number(const wh_call& call) {
     for (int at = 0; at < call.rows * call.tokens; at++) {
         if (call.ids[at] < 0) continue;
         const int row = at / call.tokens;
-        if (call.wanted[at]) wanted.push_back(count());
+        if (!call.wanted || call.wanted[at]) wanted.push_back(count());
         tokens.push_back({row, static_cast<int>(call.next[row]++)});
         places.push_back(at);
     }
     for (size_t i = 0; i < lookups.size(); i++) {
-        wh_cache& cache = call.caches[i];
+        const wh_cache& cache = call.caches[i];
         for (const wh::Token& token : tokens) {
             const int slot = slot_of(cache, token.pos);
             cache.pos[static_cast<size_t>(token.row) * cache.slots + slot] = token.pos;
-            cache.used = std::max(cache.used, slot + 1);
         }
         lookups[i].plan(cache, tokens, team.threads());
     }
@@ -163,6 +166,19 @@ void wh_engine::run(const wh_call& call) {
             for (int i = 0; i < model.dim; i++) to[i] *= model.logit_scale;
     });
     multiply(model.head, in, count(), call.logits, call.logits_apart, false, wh::kBlock, nothing);
+}
+
+// Moves the logits of all tokens, which lie one behind the other, to their places in [B][T].
+void wh_engine::spread(const wh_call& call) const {
+    const size_t apart = call.logits_apart;
+    size_t from = wanted.size();
+    for (int at = call.rows * call.tokens - 1; at >= 0; at--) {  // backwards, so that nothing is overwritten before it moves
+        float* to = call.logits + at * apart;
+        if (call.ids[at] < 0)
+            std::fill_n(to, apart, 0.0f);
+        else if (static_cast<int>(--from) != at)
+            std::copy_n(call.logits + from * apart, apart, to);
+    }
 }
 
 void wh_engine::embed(int token, const wh_call& call) {
@@ -305,9 +321,8 @@ void wh_engine_free(wh_engine* engine) { delete engine; }
 
 int32_t wh_step(wh_engine* engine, const wh_call* call) {
     try {
-        engine->step(*call);
-        return 0;
+        return engine->step(*call);
     } catch (...) {
-        return -1;
+        return WH_NO_MEMORY;
     }
 }

@@ -30,7 +30,10 @@ typedef struct wh_team wh_team;
 WH_EXPORT wh_team* wh_team_create(int32_t threads);
 WH_EXPORT void wh_team_free(wh_team* team);
 
-// y (rows, n) = x (rows, k) times the matrix, plus its bias; -1 if memory runs out, else 0.
+// What calls return that did what they should, or why they did not.
+enum { WH_DONE = 0, WH_NO_MEMORY = -1, WH_NO_TOKEN = -2 };
+
+// y (rows, n) = x (rows, k) times the matrix, plus its bias.
 WH_EXPORT int32_t wh_linear(wh_team* team, const wh_matrix* w, const float* x, int32_t rows, float* y);
 
 // Whole steps of a model. Everything that a struct points to must live as long as the engine or the call.
@@ -73,7 +76,6 @@ typedef struct {
     int32_t format, layers, heads, kv_heads, head_dim;
     int32_t slots;                   // a multiple of 16
     int32_t lead, ring;              // position p is in slot p, or beyond the lead in one of `ring` slots (0: no ring)
-    int32_t used;                    // from this slot on all rows are empty; kept up to date
     void *k, *v;
     float *k_scale, *v_scale;        // [rows][layers][kv_heads][slots] with WH_INT8, else null
     int32_t* pos;                    // [rows][slots], -1 = empty
@@ -86,8 +88,8 @@ typedef struct {
     wh_cache* caches;
     const float* turns;       // [positions][rotary], cosines then sines; null without rotation
     const float* places;      // [B][T][dim], added to the embeddings; null: nothing
-    const uint8_t* wanted;    // [B][T], are the logits after this token wanted? Padding has none
-    float* logits;            // a row for each wanted token, in their order
+    const uint8_t* wanted;    // [B][T], are the logits after this token wanted? Padding has none; null: all of [B][T]
+    float* logits;            // a row for each wanted token, in their order; zeros behind padding if all are
     int32_t logits_apart;     // numbers from one row of logits to the next, a multiple of 16, at least vocab
 } wh_call;
 
@@ -96,7 +98,8 @@ typedef struct wh_engine wh_engine;
 WH_EXPORT wh_engine* wh_engine_create(const wh_model* model, int32_t threads);
 WH_EXPORT void wh_engine_free(wh_engine* engine);
 
-// Takes tokens into the caches and gives the logits that are wanted; -1 if memory runs out, else 0.
+// Takes tokens into the caches and gives the logits that are wanted. WH_NO_TOKEN, with nothing changed: an id that is not in the
+// vocabulary.
 WH_EXPORT int32_t wh_step(wh_engine* engine, const wh_call* call);
 
 // Attention alone, over `layers` layers of a cache from `layer` on: y [layers][B][T][heads][head_dim] for one q
