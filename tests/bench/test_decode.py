@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from writehead.bench import measure as measuring
-from writehead.bench.decode import Cell, Run, case, measure, roofline
+from writehead.bench.decode import Cell, Need, Run, case, measure
 from writehead.bench.machine import Roofs
 from writehead.bench.measure import alternate
 from writehead.bench.neighbour import busy
@@ -85,7 +85,7 @@ def test_the_native_engine_comes_first_where_it_runs(model):
 def test_a_run_gives_a_row_for_each_engine_cell_and_type_and_judges_them_by_float32(model):
     pieces = windows(torch.randint(0, 97, (40,)).tolist(), 20)
     kinds, cells = ["float32", "bfloat16"], [Cell(1, 4), Cell(0, 5)]
-    rows, judged, facts = measure(Run(model, kinds, cells, text=pieces, rounds=2), ROOFS, lambda text: None)
+    rows, judged, facts = measure(Run(model, kinds, cells, text=pieces, rounds=2), lambda text: None)
     engines = 2 if native_missing(model) is None else 1
     assert len(rows) == 2 * 2 * engines
     assert {row.tokens for row in rows} == {1, 5}
@@ -101,7 +101,7 @@ def test_a_model_in_files_is_measured_by_the_native_engine_without_its_weights_i
         pytest.skip(f"no native engine here: {reason}")
     save(model, tmp_path / "saved")
     run = Run(blank(CONFIG), ["float32", "int8"], [Cell(1, 4)], rounds=1, source=tmp_path / "saved")
-    rows, _, _ = measure(run, ROOFS, lambda text: None)
+    rows, _, _ = measure(run, lambda text: None)
     assert [(row.engine, row.dtype) for row in rows] == [(NATIVE, "float32"), (NATIVE, "int8")]
     assert all(row.timing.median > 0 and row.roof_s > 0 for row in rows)
     (ours,) = run.ours("float32")
@@ -110,13 +110,14 @@ def test_a_model_in_files_is_measured_by_the_native_engine_without_its_weights_i
 
 
 def test_the_roofline_counts_weights_as_they_are_held_and_a_prefill_passes_one_token_through_the_head(model):
-    bound = roofline(model, Cell(1, 0 + 8), ROOFS, "float32", 5_000_000, torch.float32)
+    bound = Need.of(model, Cell(1, 0 + 8), "float32", 5_000_000, torch.float32).seconds(ROOFS)
     cache = (2 * 2 * 16 * 2 * 4 + 8) * 8 * 2
     assert bound == pytest.approx((5_000_000 + cache) / 1e9, rel=0.01)
     slow = Roofs.given(1e15, 1e6)
     body = 64 * (8 * 16) + 64 * 64 + 3 * 64 * 96
     products = 2 * (100 * 2 * body + 97 * 64) + 2 * 2 * 16 * 4 * 2 * (100 * 101 // 2)
-    assert roofline(model, Cell(0, 100), slow, "float32", 0, torch.float32) == pytest.approx(products / 1e6)
+    need = Need.of(model, Cell(0, 100), "float32", 0, torch.float32)
+    assert need.seconds(slow) == pytest.approx(products / 1e6)
 
 
 class Fixed:

@@ -2,7 +2,7 @@
 
 Every cell is measured in turns (ours, peer, peer, ours, ...), so a noisy machine meets all engines alike;
 ratios of one run are firm, absolute figures are not. Each figure stands beside its limit: the larger of
-bytes over bandwidth and operations over rate, both measured in the same run.
+bytes over bandwidth and operations over rate, both measured in turns with it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from writehead.bench.limits import Limits
 from writehead.bench.machine import Roofs, roofline_seconds
 from writehead.bench.measure import Case, Timing, alternate
 from writehead.bench.neighbour import Beside, beside
@@ -84,8 +85,9 @@ class Row:
         engine, dtype, cell: what was measured.
         timing: seconds of a step, or of a whole prefill.
         tokens: tokens of that step or prefill.
-        roof_s: the least time the machine allows for it with our weights and caches; the same for all engines
-            of a type.
+        roof_s: the least time the machine allowed for it meanwhile with our weights and caches; the same for
+            all engines of a type.
+        roofs: what it follows from.
     """
 
     engine: str
@@ -94,6 +96,7 @@ class Row:
     timing: Timing
     tokens: int
     roof_s: float
+    roofs: Roofs
 
     @property
     def rate(self) -> float:
@@ -110,6 +113,7 @@ class Row:
             "tokens_per_s": self.rate,
             "share_of_roofline": self.roof_s / self.timing.median,
             "roofline_s": self.roof_s,
+            "roofs": self.roofs.to_dict(),
             "timing": asdict(self.timing),
         }
 
@@ -121,51 +125,65 @@ def case(contestant: Contestant, cell: Cell, vocab: int) -> Case:
     return partial(contestant.decode, cell.context, cell.batch, STEPS)
 
 
-def roofline(
-    model: Decoder, cell: Cell, roofs: Roofs, dtype: str, weight_bytes: int, cache: torch.dtype
-) -> float:
-    """The least seconds of a cell.
+@dataclass(frozen=True)
+class Need:
+    """The least that a cell takes, whatever the engine.
 
-    Args:
-        model: its shape.
-        cell: what is measured.
-        roofs: of this machine, of this run.
-        dtype: of the weights; products may run in the fastest type that loses none of it.
-        weight_bytes: that a step reads; 0 = float32 weights.
-        cache: type of keys and values.
+    Attributes:
+        moved: bytes that are read and written.
+        flops: operations.
+        dtypes: types that lose none of the weights; products may run in the fastest.
     """
-    call = Call(
-        batch=max(cell.batch, 1),
-        tokens=cell.context if cell.prefill else 1,
-        context=0 if cell.prefill else cell.context,
-        logits=1,
-        store=Store(dtype=cache),
-    )
-    cost = costs(model, call)
-    moved = cost.moved + (weight_bytes - cost.weight_bytes if weight_bytes else 0)
-    kinds = {"float32", "int8" if dtype in ("int8", "int4") else dtype} & set(roofs.matmul)
-    fastest = max(kinds, key=roofs.rate)
-    return roofline_seconds(moved, cost.flops, roofs, moved, dtype=fastest)
+
+    moved: int
+    flops: float
+    dtypes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: Decoder, cell: Cell, dtype: str, weight_bytes: int, cache: torch.dtype) -> "Need":
+        """What a cell needs.
+
+        Args:
+            model: its shape.
+            cell: what is measured.
+            dtype: of the weights.
+            weight_bytes: that a step reads; 0 = float32 weights.
+            cache: type of keys and values.
+        """
+        call = Call(
+            batch=max(cell.batch, 1),
+            tokens=cell.context if cell.prefill else 1,
+            context=0 if cell.prefill else cell.context,
+            logits=1,
+            store=Store(dtype=cache),
+        )
+        cost = costs(model, call)
+        moved = cost.moved + (weight_bytes - cost.weight_bytes if weight_bytes else 0)
+        own = "int8" if dtype in ("int8", "int4") else dtype
+        return cls(moved, cost.flops, tuple(dict.fromkeys(("float32", own))))
+
+    def seconds(self, roofs: Roofs) -> float:
+        """The least time on a machine with these limits."""
+        fastest = max(set(self.dtypes) & set(roofs.matmul), key=roofs.rate)
+        return roofline_seconds(self.moved, self.flops, roofs, self.moved, dtype=fastest)
 
 
 def compare(
     model: Decoder,
     kind: str,
     cells: Iterable[Cell],
-    roofs: Roofs,
     ours: Sequence[Ours],
     peers: Sequence[Peer] = (),
     *,
     rounds: int = 5,
     say: Say = lambda text: None,
 ) -> list[Row]:
-    """Measure each cell on our engines and on loaded peers, in turns.
+    """Measure each cell on our engines and on loaded peers, in turns with the machine's limits.
 
     Args:
         model: its shape.
         kind: type of the weights of all engines.
         cells: what to measure.
-        roofs: of this machine, of this run.
         ours: our engines, the one to compare others with first.
         peers: loaded with the same weights.
         rounds: samples of each engine and cell; two for a cell that takes long.
@@ -176,12 +194,14 @@ def compare(
         say(f"{kind}: {cell}")
         entrants: list[Contestant] = [*ours, *peers]
         cases = {entrant.name: case(entrant, cell, model.config.vocab) for entrant in entrants}
-        timings = alternate(cases, rounds, min_seconds=0.0, max_rounds=rounds, budget_s=BUDGET_S)
-        tokens = cell.context if cell.prefill else cell.batch
-        roof = roofline(
-            model, cell, roofs, kind, ours[0].engine.weight_bytes(), ours[0].cache or torch.float32
-        )
-        rows += [Row(engine, kind, cell, timing, tokens, roof) for engine, timing in timings.items()]
+        first = ours[0]
+        need = Need.of(model, cell, kind, first.engine.weight_bytes(), first.cache or torch.float32)
+        limits = Limits(need.moved, need.dtypes)
+        every = {**limits.cases, **cases}
+        timings = alternate(every, rounds, min_seconds=0.0, max_rounds=rounds, budget_s=BUDGET_S)
+        tokens, roofs = cell.context if cell.prefill else cell.batch, limits.roofs(timings)
+        roof = need.seconds(roofs)
+        rows += [Row(engine, kind, cell, timings[engine], tokens, roof, roofs) for engine in cases]
     return rows
 
 
@@ -216,7 +236,7 @@ class Run:
         return list(contestants(self.model, kind, self.threads, self.source))
 
 
-def measure(run: Run, roofs: Roofs, say: Say) -> tuple[list[Row], list[Quality], dict[str, Any]]:
+def measure(run: Run, say: Say) -> tuple[list[Row], list[Quality], dict[str, Any]]:
     """Rows and qualities of all engines, and facts of each peer, or why it is missing."""
     rows: list[Row] = []
     judged: list[Quality] = []
@@ -230,7 +250,7 @@ def measure(run: Run, roofs: Roofs, say: Say) -> tuple[list[Row], list[Quality],
                 say("scoring the text in float32")
                 exact = ours[-1] if kind == "float32" else run.ours("float32")[-1]
                 reference = [exact.score(piece) for piece in run.text]
-            rows += compare(run.model, kind, run.cells, roofs, ours, peers, rounds=run.rounds, say=say)
+            rows += compare(run.model, kind, run.cells, ours, peers, rounds=run.rounds, say=say)
             entrants: list[Contestant] = [*ours, *peers]
             for entrant in entrants if run.text else ():
                 say(f"{kind}: {entrant.name} reads the text")

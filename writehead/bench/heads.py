@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from writehead.bench.decode import Cell, roofline
+from writehead.bench.decode import Cell, Need
 from writehead.bench.machine import Roofs
 from writehead.bench.measure import Case, Timing, alternate
 from writehead.bench.ours import TORCH, Ours
@@ -121,7 +121,7 @@ def grid(
             cells += [
                 Shared(
                     heads, kv, batch, context, timings.get(str(kv)),
-                    roofline(models[kv], cell, roofs, "float32", 0, torch.float32), held[kv],
+                    Need.of(models[kv], cell, "float32", 0, torch.float32).seconds(roofs), held[kv],
                 )
                 for kv in models
             ]  # fmt: skip

@@ -171,11 +171,17 @@ def matmul_rate(dtype: torch.dtype, M: int, threads: int) -> float:
     """
     if M < 1:
         raise ValueError(f"M={M} must be at least 1")
+    with torch_threads(threads), torch.inference_mode():
+        multiply, operations = product(dtype, M)
+        return operations / fastest(multiply, 0.04)
+
+
+def product(dtype: torch.dtype, M: int) -> tuple[Callable[[], object], int]:
+    """M rows times a square matrix, of M rows too from 1024 on, and its operations."""
     K = max(M, 1024)  # 1024 keeps the matrix in cache, so a thin product is not a bandwidth test
     x, w = torch.ones(M, K, dtype=dtype), torch.ones(K, K, dtype=dtype)
-    product = torch._int_mm if dtype == torch.int8 else torch.mm
-    with torch_threads(threads), torch.inference_mode():
-        return 2 * M * K * K / fastest(lambda: product(x, w.t()), 0.04)
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    return lambda: multiply(x, w.t()), 2 * M * K * K
 
 
 @functools.cache

@@ -4,15 +4,15 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from writehead.bench.kernels import team
-from writehead.bench.machine import readers, torch_threads
-from writehead.bench.measure import Case, Timing, alternate
+from writehead.bench.limits import SAMPLE, Limits
+from writehead.bench.machine import torch_threads
+from writehead.bench.measure import Timing, alternate
 from writehead.native.structs import FORMATS, Cache, pointer
 
 HEADS, HEAD_DIM = 16, 64
@@ -22,9 +22,7 @@ BATCHES = (1, 8)
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 WORKING_SET = 128 * 2**20  # bytes of layers that are read in turn, as a model's are; no cache holds them
 LARGEST = 300 * 2**20  # bytes of a single layer, above which a cell is left out
-SAMPLE = 0.1  # seconds, of the limits too
 TOGETHER = 16  # layers of a call, as a model's step takes all of its own: Python's share is not attention
-PRODUCTS = (64, 1024)  # rows of products with a square matrix of 1024: the most sums a second
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def measure(
     """
     found = []
     with torch_threads(threads), team(threads) as (engine, helpers), torch.inference_mode():
-        reads, products = _reads(working_set), _products()
+        limits = Limits(working_set)
         for shape in ((G, S, B) for G in kv_heads for S in contexts for B in batches):
             say("one token, {} key/value heads, context {}, batch {}".format(*shape))
             layers = {
@@ -120,36 +118,12 @@ def measure(
             cases = {name: held.case(engine, helpers) for name, held in layers.items()}
             if not cases:
                 continue
-            timings = alternate({**reads, **products, **cases}, rounds, min_seconds=SAMPLE)
-            bandwidth = 1 / min(timings[name].median for name in reads)
-            peak = 1 / min(timings[name].median for name in products)
+            timings = alternate({**limits.cases, **cases}, rounds, min_seconds=0)
+            here = limits.roofs(timings)
+            bandwidth, peak = here.bandwidth_at(working_set), here.rate()
             for name in cases:
                 found.append(Row(name, *shape, _bytes(name, *shape), bandwidth, peak, timings[name]))
     return found
-
-
-def _reads(working_set: int) -> dict[str, Case]:
-    """Seconds a byte in the ways of reading that come nearest to the machine's limit."""
-    calls = readers(torch.ones(working_set // 4))
-    return {f"read {i}": _each(call, working_set) for i, call in enumerate(calls)}
-
-
-def _products() -> dict[str, Case]:
-    """Seconds an operation of float32 products."""
-    w = torch.ones(1024, 1024)
-    inputs = [torch.ones(rows, 1024) for rows in PRODUCTS]
-    return {f"{len(x)} rows": _each(partial(torch.mm, x, w), 2 * len(x) * w.numel()) for x in inputs}
-
-
-def _each(call: Callable[[], object], amount: int) -> Case:
-    """The seconds of a call for each of the `amount` that it does."""
-
-    def run() -> float:
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) / amount
-
-    return run
 
 
 def _bytes(stored: str, kv_heads: int, context: int, batch: int) -> int:

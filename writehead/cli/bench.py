@@ -13,7 +13,6 @@ from writehead.cli.start import start
 
 if TYPE_CHECKING:
     from writehead.bench.decode import Run
-    from writehead.bench.machine import Roofs
 
 command = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Measure this machine, decoding and training on it."
@@ -139,7 +138,6 @@ def decode_command(
     import torch
 
     from writehead.bench import decode
-    from writehead.bench.machine import roofs
     from writehead.bench.measure import jsonable
     from writehead.bench.peers import PEERS
     from writehead.cli.output import print_json, say
@@ -156,16 +154,14 @@ def decode_command(
     )
     rounds = min(rounds, 3) if quick else rounds
     torch.set_num_threads(threads or cores())
-    say("measuring the machine")
-    limits = roofs(torch.get_num_threads())
     chosen = [each for each in PEERS if each in (only or PEERS)] if peers else []
     with tempfile.TemporaryDirectory(prefix="writehead-bench-") as folder:
         run, facts = _run(model, keep or Path(folder), chosen, peers_python, text, text_tokens)
         run = replace(run, kinds=kinds, cells=cells, rounds=rounds, threads=torch.get_num_threads())
-        rows, judged, more = decode.measure(run, limits, say)
+        rows, judged, more = decode.measure(run, say)
         disturbed = decode.beside_busy(run, say) if busy else []
-    results = {"roofs": limits, "decode": rows, "quality": judged, "beside_a_busy_core": disturbed}
-    results |= _sharing(limits, quick, rounds) if grid else {}
+    results = {"decode": rows, "quality": judged, "beside_a_busy_core": disturbed}
+    results |= _sharing(quick, rounds) if grid else {}
     say("")
     facts |= more
     if as_json:
@@ -178,17 +174,25 @@ def decode_command(
         _write(out, name, results, extra)
 
 
-def _sharing(limits: "Roofs", quick: bool, rounds: int) -> dict[str, Any]:
+def _sharing(quick: bool, rounds: int) -> dict[str, Any]:
     """What sharing key/value heads buys: one token's attention, and whole steps over batches and contexts."""
     from writehead.bench import attention, heads, plots
+    from writehead.bench.machine import roofs
     from writehead.cli.output import say
 
+    say("measuring the machine")
+    limits = roofs()
     batches, contexts = ((1,), (128, 512)) if quick else ((1, 8), (512, 2048, 8192, 32768))
     cells = heads.grid(heads.SIXTEEN, batches, contexts, limits, rounds=min(rounds, 3), say=say)
     rows_of, cached = ((1,), (8192,)) if quick else ((1, 8), (8192, 32768))
     single = attention.one_token(rows_of, cached, limits, rounds=rounds, say=say)
-    shape = heads.SIXTEEN.to_dict()
-    return {"attention": single, "heads": cells, "heads_of": shape, "one_write_head": plots.summary(cells)}
+    return {
+        "roofs": limits,
+        "attention": single,
+        "heads": cells,
+        "heads_of": heads.SIXTEEN.to_dict(),
+        "one_write_head": plots.summary(cells),
+    }
 
 
 def _print(results: dict[str, Any]) -> None:

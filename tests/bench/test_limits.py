@@ -1,0 +1,46 @@
+"""The machine's limits as cases of a measurement."""
+
+import time
+
+import pytest
+import torch
+
+from writehead.bench import limits
+from writehead.bench.limits import Limits
+from writehead.bench.measure import Timing
+
+PAGE = 4096
+
+
+def taking(seconds: float) -> Timing:
+    return Timing(seconds, seconds, seconds, 1, (seconds,))
+
+
+def test_the_fastest_way_of_reading_and_of_multiplying_is_the_limit() -> None:
+    found = Limits(10 * PAGE + 5, ["float32", "int8"])
+    took = dict.fromkeys(found.cases, taking(1.0))
+    took |= {"read 1": taking(5e-10), "float32 product of 64 rows": taking(1e-10)}
+    took |= {"int8 product of 2048 rows": taking(2e-11)}
+    roofs = found.roofs(took)
+    assert roofs.bandwidth_at(10 * PAGE) == pytest.approx(2e9)
+    assert roofs.rate("float32") == pytest.approx(1e10)
+    assert roofs.rate("int8") == pytest.approx(5e10)
+    with pytest.raises(ValueError, match="'bfloat16' was not measured; measured: float32, int8"):
+        roofs.rate("bfloat16")
+
+
+def test_a_case_gives_seconds_for_each_byte_or_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, clock = [], iter(range(1000))
+    monkeypatch.setattr(limits, "SAMPLE", 2.5)
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    one = limits._each(lambda: calls.append(1), 10)
+    assert one() == pytest.approx(4 / 3 / 10)
+    assert len(calls) == 3
+
+
+def test_no_more_memory_is_read_than_the_largest_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "WORKING_SETS", (PAGE, 16 * PAGE))
+    assert list(Limits(10**12).roofs(dict.fromkeys(Limits(10**12).cases, taking(1.0))).bandwidth) == [
+        16 * PAGE
+    ]
+    assert torch.get_num_threads() == Limits(1).roofs(dict.fromkeys(Limits(1).cases, taking(1.0))).threads
