@@ -63,6 +63,8 @@ void float_tile(const T* w, size_t stride, const float* x, int k, const Output& 
     constexpr int V = B * kParts;
     constexpr int U = R * V >= 8 ? 1 : R * V >= 4 ? 2 : R * V >= 2 ? 4 : 8;  // sums in turn hide the latency
     constexpr int kAtOnce = U > 2 ? U : 2;
+    // one row of float32 is read fastest as the processor fetches it by itself, as measured on Zen 3
+    constexpr int kFetched = kLanes == 8 && sizeof(T) == sizeof(float) && R == 1 ? 0 : F;
     vec sums[U][R][V] = {};
     const auto step = [&](int i, vec(&sum)[R][V]) {
         vec weights[V];
@@ -72,7 +74,7 @@ void float_tile(const T* w, size_t stride, const float* x, int k, const Output& 
             weights[v] = load_weights(from);
         }
         WH_UNROLL
-        for (int f = 0; f < F; f++) __builtin_prefetch(out.ahead[f] + i * sizeof(T) * kBlock);
+        for (int f = 0; f < kFetched; f++) __builtin_prefetch(out.ahead[f] + i * sizeof(T) * kBlock);
         WH_UNROLL
         for (int r = 0; r < R; r++) {
             const float* from = x + static_cast<size_t>(i) * R + r;
