@@ -71,7 +71,7 @@ class Rows:
 def to_numpy(x: Tensor) -> Floats:
     """The tensor's values, float32 or wider; they share memory where they can."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    values: Floats = wide.detach().cpu().numpy()
+    values: Floats = wide.numpy(force=True)
     return values
 
 

@@ -88,7 +88,8 @@ class NativeEngine:
 
     def step(self, tokens: Tensor, state: NativeState) -> tuple[Tensor, NativeState]:
         """As `Engine.step`."""
-        check_shape("tokens", tokens, "B", B=len(state.next))
+        if tokens.shape != state.next.shape:
+            check_shape("tokens", tokens, "B", B=len(state.next))
         return self._call(tokens, state), state
 
     @torch.inference_mode()
@@ -125,7 +126,7 @@ class NativeEngine:
             state.bound = self._bind(state, T)
         call, ids = state.bound.call, tokens.contiguous()
         state.bound.top += T
-        places = self._places(ids.view(B, T), state.next)
+        places = self._places(ids, state.next)
         rows = ids.shape if wanted is None else (int(wanted.sum()),)
         logits = torch.empty(*rows, call.logits_apart)
         call.tokens, call.ids, call.logits = T, structs.pointer(ids), structs.pointer(logits)
@@ -144,10 +145,10 @@ class NativeEngine:
         return Bound(call, top, min(room, turns))
 
     def _places(self, tokens: Tensor, start: Tensor) -> Tensor | None:
-        """What a scheme adds to the embeddings (B, T, X)."""
+        """What a scheme adds to the embeddings of tokens (B,) or (B, T): (B, T, X)."""
         if self.outline.places == "none":
             return None
-        real = tokens >= 0
+        real = (tokens if tokens.dim() == 2 else tokens[:, None]) >= 0
         pos = Positions(torch.where(real, start[:, None] + real.cumsum(1) - 1, -1))
         self._position.check_context(pos)
         if self.outline.places == "table":
