@@ -121,7 +121,7 @@ class NativeEngine:
 
         Between two steps a model's weights pass through all caches, so each call of PyTorch is slow here.
         """
-        B, T = len(state.next), tokens.shape[1] if tokens.dim() == 2 else 1
+        T = tokens.shape[1] if tokens.dim() == 2 else 1
         if state.bound is None or state.bound.top + T > state.bound.room:
             state.bound = self._bind(state, T)
         call, ids = state.bound.call, tokens.contiguous()
