@@ -1,15 +1,15 @@
 """A machine's limits as cases that take turns with what they bound: neighbours change them by the minute."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
-from writehead.bench.machine import WORKING_SETS, Roofs, product, readers
+from writehead.bench.machine import WORKING_SETS, Roofs, fastest_type, product, readers
 from writehead.bench.measure import Case, Timing
 
 SAMPLE = 0.1  # seconds
-PRODUCTS = {"float32": (64, 1024), "bfloat16": (1024,), "int8": (2048,)}  # rows; the fastest counts
+PRODUCTS = (64, 1024)  # rows; the fastest counts
 
 
 class Limits:
@@ -19,28 +19,25 @@ class Limits:
         cases: for `measure.alternate`; seconds a byte and seconds an operation.
     """
 
-    def __init__(self, working_set: int, dtypes: Iterable[str] = ("float32",)) -> None:
+    def __init__(self, working_set: int, dtypes: tuple[str, ...] = ("float32",)) -> None:
         """Take the memory that is to be read.
 
         Args:
             working_set: bytes that are read over and over, at most those of the largest in `WORKING_SETS`.
-            dtypes: types of products, out of PRODUCTS.
+            dtypes: types that products may have; the fastest is measured.
         """
         self._bytes = min(max(working_set // 4096, 1) * 4096, WORKING_SETS[-1])
         buffer = torch.ones(self._bytes // 4)  # written, since untouched pages all map to one page of zeros
         self._reads = {f"read {i}": _each(call, self._bytes) for i, call in enumerate(readers(buffer))}
-        self._products = {dtype: dict(_product(dtype, rows) for rows in PRODUCTS[dtype]) for dtype in dtypes}
-        self.cases: dict[str, Case] = dict(self._reads)
-        for products in self._products.values():
-            self.cases |= products
+        self._dtype = dtypes[0] if len(dtypes) == 1 else fastest_type(dtypes, torch.get_num_threads())
+        self._products = dict(_product(self._dtype, rows) for rows in PRODUCTS)
+        self.cases: dict[str, Case] = self._reads | self._products
 
     def roofs(self, timings: Mapping[str, Timing]) -> Roofs:
         """The limits by what their cases took; medians, as of what they bound."""
         bandwidth = 1 / min(timings[name].median for name in self._reads)
-        rates = {
-            dtype: {max(PRODUCTS[dtype]): 1 / min(timings[name].median for name in products)}
-            for dtype, products in self._products.items()
-        }
+        rate = 1 / min(timings[name].median for name in self._products)
+        rates = {self._dtype: {max(PRODUCTS): rate}}
         return Roofs({self._bytes: bandwidth}, rates, torch.get_num_threads())
 
 

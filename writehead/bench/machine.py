@@ -25,11 +25,11 @@ from writehead.version import VERSION
 
 WORKING_SETS = tuple(2**20 * size for size in (16, 64, 128, 256, 512, 1024))
 MATRIX_ROWS = (1, 16, 64)  # beside the square product, which is the limit
-SQUARE = {
+SQUARE = {  # the others are up to thirty times slower where they are emulated
     torch.float32: 2048,
     torch.bfloat16: 1024,
-    torch.int8: 2048,
-}  # bfloat16 is ten times slower where it is emulated
+    torch.int8: 1024,
+}
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,12 @@ def matmul_rate(dtype: torch.dtype, M: int, threads: int) -> float:
     with torch_threads(threads), torch.inference_mode():
         multiply, operations = product(dtype, M)
         return operations / fastest(multiply, 0.04)
+
+
+@functools.cache
+def fastest_type(dtypes: tuple[str, ...], threads: int) -> str:
+    """The one of some types whose square products of 1024 rows are fastest."""
+    return max(dtypes, key=lambda dtype: matmul_rate(getattr(torch, dtype), 1024, threads))
 
 
 def product(dtype: torch.dtype, M: int) -> tuple[Callable[[], object], int]:
