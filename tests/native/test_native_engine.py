@@ -1,5 +1,6 @@
 """The native engine against the PyTorch engine and against itself: its laws at float32 rounding."""
 
+import copy
 import random
 from typing import Any
 
@@ -190,6 +191,14 @@ def test_a_state_goes_on_while_another_outgrows_the_angles_that_it_was_bound_to(
     for t in range(30):
         assert torch.equal(*(engine.step(draw(2, 1, t)[:, 0], state)[0] for state in (short, right)))
         right = select(right, torch.arange(2))  # bound anew at every step
+
+
+def test_a_deep_copy_goes_its_own_way() -> None:
+    engine = native(single("local_mqa"))
+    _, state = engine.start(draw(2, 4), Store())
+    twin = copy.deepcopy(state)
+    for t in range(9):
+        assert torch.equal(*(engine.step(draw(2, 1, t)[:, 0], one)[0] for one in (state, twin)))
 
 
 def test_a_token_that_does_not_exist_changes_nothing() -> None:

@@ -1,14 +1,16 @@
 """A machine's limits as cases that take turns with what they bound: neighbours change them by the minute."""
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
 
 from writehead.bench.machine import WORKING_SETS, Roofs, fastest_type, product, readers
 from writehead.bench.measure import Case, Timing
 
-SAMPLE = 0.1  # seconds
+SAMPLE = 0.2  # seconds of a turn
 PRODUCTS = (64, 1024)  # rows; the fastest counts
 
 
@@ -47,13 +49,16 @@ def _product(dtype: str, rows: int) -> tuple[str, Case]:
 
 
 def _each(call: Callable[[], object], amount: int) -> Case:
-    """The seconds of a call, over a sample's time, for each of the `amount` that it does."""
+    """The seconds of a call for each of the `amount` that it does: the median of those of a turn.
+
+    The first ones share the machine with what the case before leaves behind, as threads that look for work.
+    """
 
     def run() -> float:
-        start, calls = time.perf_counter(), 0
-        while calls == 0 or time.perf_counter() - start < SAMPLE:
+        times = [time.perf_counter()]
+        while len(times) == 1 or times[-1] - times[0] < SAMPLE:
             call()
-            calls += 1
-        return (time.perf_counter() - start) / calls / amount
+            times.append(time.perf_counter())
+        return statistics.median(end - start for start, end in pairwise(times)) / amount
 
     return run

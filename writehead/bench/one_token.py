@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from writehead.bench.kernels import team
-from writehead.bench.limits import SAMPLE, Limits
+from writehead.bench.limits import Limits
 from writehead.bench.machine import torch_threads
 from writehead.bench.measure import Timing, alternate
 from writehead.native.structs import FORMATS, Cache, pointer
@@ -21,6 +21,7 @@ CONTEXTS = (2048, 8192, 32768)
 BATCHES = (1, 8)
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 WORKING_SET = 128 * 2**20  # bytes of layers that are read in turn, as a model's are; no cache holds them
+SAMPLE = 0.1  # seconds of a turn
 LARGEST = 300 * 2**20  # bytes of a single layer, above which a cell is left out
 TOGETHER = 16  # layers of a call, as a model's step takes all of its own: Python's share is not attention
 

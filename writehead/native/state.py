@@ -145,6 +145,10 @@ class Bound:
     top: int
     room: float
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Nothing: a copy has tensors of its own, and is bound when it is used."""
+        return type(None), ()
+
 
 @dataclass(slots=True, eq=False)
 class NativeState(Node):
