@@ -176,7 +176,6 @@ def _rehearse(config: ModelConfig, setting: Setting) -> dict[str, int]:
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """Keep the garbage collector, which comes when it likes, from deciding what is still alive."""
-    gc.collect()
     on = gc.isenabled()
     gc.disable()
     try:
