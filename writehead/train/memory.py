@@ -265,12 +265,10 @@ def largest(config: ModelConfig, setting: Setting, budget: int, what: str = "bat
             high,
             min(ceiling, max(high + 1, min(64 * high, int(high + (budget - peak(high)) / slope) + 1))),
         )
-    halve = False
-    while (width := high - low) > 1:  # peak(low) <= budget < peak(high), and about a line between them
-        share = 0.5 if halve else (budget - peak(low)) / (peak(high) - peak(low))
-        middle = min(high - 1, max(low + 1, low + int(share * width)))
+    while high - low > 1:  # peak(low) <= budget < peak(high), and nearly a line between them
+        share = (budget - peak(low)) / (peak(high) - peak(low))
+        middle = min(high - 1, max(low + 1, low + int(share * (high - low))))
         low, high = (middle, high) if peak(middle) <= budget else (low, middle)
-        halve = not halve and 2 * (high - low) > width  # where it bends, the line moves one end by little
     return low, known[low]
 
 
