@@ -1,5 +1,6 @@
 """What a training step is predicted to hold: against the allocator's own events, and in itself."""
 
+import gc
 import inspect
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ SMALL: dict[str, Any] = {"vocab": 64, "dim": 32, "depth": 2, "mixer": {"name": "
 
 def measured(config: ModelConfig, setting: Setting) -> int:
     preparation(TINY, Setting(1, 4))(lambda phase: None)
+    gc.collect()  # what goes meanwhile would count as less
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
         preparation(config, setting)(lambda phase: None)
     return _peak(watch)
