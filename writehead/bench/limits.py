@@ -9,6 +9,7 @@ import torch
 
 from writehead.bench.machine import WORKING_SETS, Roofs, fastest_type, product, readers
 from writehead.bench.measure import Case, Timing
+from writehead.core.system import available_memory
 
 SAMPLE = 0.2  # seconds of a turn
 PRODUCTS = (64, 1024)  # rows; the fastest counts
@@ -25,10 +26,12 @@ class Limits:
         """Take the memory that is to be read.
 
         Args:
-            working_set: bytes that are read over and over, at most those of the largest in `WORKING_SETS`.
+            working_set: bytes that are read over and over, at most those of the largest in `WORKING_SETS`
+                and a quarter of the memory that is free.
             dtypes: types that products may have; the fastest is measured.
         """
-        self._bytes = min(max(working_set // 4096, 1) * 4096, WORKING_SETS[-1])
+        most = min(working_set, WORKING_SETS[-1], (available_memory() or WORKING_SETS[-1] * 4) // 4)
+        self._bytes = max(most // 4096, 1) * 4096
         buffer = torch.ones(self._bytes // 4)  # written, since untouched pages all map to one page of zeros
         self._reads = {f"read {i}": _each(call, self._bytes) for i, call in enumerate(readers(buffer))}
         self._dtype = dtypes[0] if len(dtypes) == 1 else fastest_type(dtypes, torch.get_num_threads())
