@@ -193,6 +193,15 @@ def test_a_state_goes_on_while_another_outgrows_the_angles_that_it_was_bound_to(
         right = select(right, torch.arange(2))  # bound anew at every step
 
 
+def test_tokens_of_another_whole_type_are_the_same_tokens() -> None:
+    engine = native(single("gqa"))
+    (a, one), (b, other) = (engine.start(draw(2, 4).to(kind), Store()) for kind in (torch.int64, torch.int32))
+    assert torch.equal(a, b)
+    assert torch.equal(
+        engine.step(draw(2, 1)[:, 0], one)[0], engine.step(draw(2, 1)[:, 0].to(torch.int16), other)[0]
+    )
+
+
 def test_a_deep_copy_goes_its_own_way() -> None:
     engine = native(single("local_mqa"))
     _, state = engine.start(draw(2, 4), Store())

@@ -125,6 +125,8 @@ class NativeEngine:
         if state.bound is None or state.bound.top + T > state.bound.room:
             state.bound = self._bind(state, T)
         call, ids = state.bound.call, tokens.contiguous()
+        if ids.dtype is not torch.int64:
+            ids = ids.long()
         state.bound.top += T
         places = self._places(ids, state.next)
         rows = ids.shape if wanted is None else (int(wanted.sum()),)
