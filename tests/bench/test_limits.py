@@ -3,7 +3,6 @@
 import time
 
 import pytest
-import torch
 
 from writehead.bench import limits
 from writehead.bench.limits import Limits
@@ -38,9 +37,14 @@ def test_a_case_gives_seconds_for_each_byte_or_operation(monkeypatch: pytest.Mon
     assert next(clock) == 99
 
 
-def test_no_more_memory_is_read_than_the_largest_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_read_than_the_largest_working_set_or_a_quarter_of_the_free_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(limits, "WORKING_SETS", (PAGE, 16 * PAGE))
     assert list(Limits(10**12).roofs(dict.fromkeys(Limits(10**12).cases, taking(1.0))).bandwidth) == [
         16 * PAGE
     ]
-    assert torch.get_num_threads() == Limits(1).roofs(dict.fromkeys(Limits(1).cases, taking(1.0))).threads
+    monkeypatch.setattr(limits, "available_memory", lambda: 20 * PAGE)
+    assert list(Limits(10**12).roofs(dict.fromkeys(Limits(10**12).cases, taking(1.0))).bandwidth) == [
+        5 * PAGE
+    ]

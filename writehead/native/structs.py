@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")  # the order of these is that of the C enumerations
 NORMS = ("none", "rms", "layer")
-NO_MEMORY, NO_TOKEN = -1, -2  # what calls return that could not do what they should
+NO_TOKEN = -2  # `WH_NO_TOKEN`
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "sigmoid")
 LANES, GROUP = 16, 32  # outputs side by side in a packed matrix; inputs that share a scale
 BLOCK = LANES  # slots of a cache whose keys lie side by side
