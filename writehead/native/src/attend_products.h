@@ -66,9 +66,6 @@ inline vec part(const float* from, int) { return load(from); }
 inline vec part(const HalfPair* from, int p) { return p == 0 ? load_first(from) : load_second(from); }
 inline svec part(const BytePair* from, int) { return load_pairs(from); }
 
-inline vec same(float x) { return splat(x); }
-inline ivec same(int32_t x) { return splat_int(x); }
-
 // What 1 is worth in a row; floats are what they are, and have none.
 template <class T>
 const float* grain_of(const float* grain, int row) {
@@ -88,7 +85,7 @@ inline void end(ivec sum, const float* grain, float* y) { store(y, fma(to_float(
 // Adds x times V vectors to the sums of row r; some rows read x from memory for each.
 template <int V, class Sum, class Wide, class Number>
 WH_INLINE void add_row(int r, Sum (&sums)[V], const Wide (&by)[V], const Number* x) {
-    const Sum number = same(*x);
+    const Sum number = splat_at(x);
     WH_UNROLL for (int j = 0; j < V; j++)
         sums[j] = in_place(r, V) ? add_product(sums[j], by[j], x) : add_product(sums[j], by[j], number);
 }
@@ -122,15 +119,24 @@ WH_INLINE void fetch(const char* from, int i) {
     WH_UNROLL for (int f = i * F / kUnit; f < (i + 1) * F / kUnit; f++) __builtin_prefetch(from + f * kLine, 0, 2);
 }
 
-// Query rows, side by side in groups of kQueryRows.
+// Query rows, those of a pass side by side.
 template <class T>
 struct Queries {
-    const Number<T>* numbers;  // [rows/kQueryRows][steps][kParts][kQueryRows]
+    const Number<T>* numbers;  // [passes][steps][kParts][kQueryRows]
     const float* grain;        // [rows], what 1 is worth, where numbers are integers
     int steps;                 // T of a key
 
-    Queries from(int row) const { return {numbers + row * steps * kParts<T>, grain_of<T>(grain, row), steps}; }
+    Queries of(int pass, int row) const {
+        return {numbers + pass * steps * kParts<T> * kQueryRows, grain_of<T>(grain, row), steps};
+    }
 };
+
+// Calls work(pass, row, count) for each pass over the rows.
+template <class Work>
+WH_INLINE void each_pass(int rows, const Work& work) {
+    for (int pass = 0; pass < passes(rows); pass++)
+        work(pass, pass_row(rows, pass), pass_row(rows, pass + 1) - pass_row(rows, pass));
+}
 
 // Scores of ROWS queries and V vectors of keys; F lines are fetched each unit.
 template <int ROWS, int V, int F, class T>
@@ -168,16 +174,16 @@ void score_rows(Queries<T> q, int rows, const T* const* k, const char* ahead, fl
 template <int V, class T>
 void score_all(Queries<T> q, int rows, const T* const* k, int blocks, const char* next, float* s) {
     constexpr int kAtOnce = V / kPer;
-    const size_t units = q.steps / kUnit, passes = (rows + kQueryRows - 1) / kQueryRows;
-    Ahead ahead(next, blocks * q.steps * kBlock * sizeof(T), (blocks + kAtOnce - 1) / kAtOnce * passes * units);
+    const size_t units = q.steps / kUnit;
+    Ahead ahead(next, blocks * q.steps * kBlock * sizeof(T), (blocks + kAtOnce - 1) / kAtOnce * passes(rows) * units);
     // blocks beyond the last are copies of it, whose scores nobody reads
     for (int b = 0; b < blocks; b += kAtOnce) {
-        for (int row = 0; row < rows; row += kQueryRows) {
+        each_pass(rows, [&](int pass, int row, int count) {
             ahead.with_lines(units, [&](auto lines, const char* from) {
                 score_rows<std::min(kQueryRows, kSums / V), V, decltype(lines)::value>(
-                    q.from(row), std::min(kQueryRows, rows - row), k + b, from, s + row * kSpan + b * kBlock);
+                    q.of(pass, row), count, k + b, from, s + row * kSpan + b * kBlock);
             });
-        }
+        });
     }
 }
 
@@ -235,19 +241,20 @@ template <int V, class T>
 void add_columns(Weights<T> w, int rows, const T* const* v, int column, int wide, int blocks, Ahead& ahead, float* y) {
     const T* at[kBlocks];
     for (int b = 0; b < blocks; b++) at[b] = v[b] + column;
-    for (int row = 0; row < rows; row += kQueryRows) {
+    each_pass(rows, [&](int, int row, int count) {
         ahead.with_lines(static_cast<size_t>(blocks) * kSteps<T> / kUnit, [&](auto lines, const char* from) {
             add_rows<std::min(kQueryRows, kSums / V), V, decltype(lines)::value>(
-                w.from(row), std::min(kQueryRows, rows - row), at, wide, blocks, from, y + row * wide + column);
+                w.from(row), count, at, wide, blocks, from, y + row * wide + column);
         });
-    }
+    });
 }
 
 template <class T>
 void add(Weights<T> w, int rows, const T* const* v, int wide, int blocks, const char* next, float* y) {
     const int most = vectors_at_once(std::min(rows, kQueryRows)), vectors = wide / kLanes;
-    const size_t strips = vectors / most + vectors % most, passes = (rows + kQueryRows - 1) / kQueryRows;
-    Ahead ahead(next, static_cast<size_t>(blocks) * kSteps<T> * wide * sizeof(T), strips * passes * blocks * kSteps<T> / kUnit);
+    const size_t strips = vectors / most + vectors % most;
+    Ahead ahead(next, static_cast<size_t>(blocks) * kSteps<T> * wide * sizeof(T),
+                strips * passes(rows) * blocks * kSteps<T> / kUnit);
     int c = 0;
     if (most == 4)
         for (; c + 4 * kLanes <= wide; c += 4 * kLanes) add_columns<4>(w, rows, v, c, wide, blocks, ahead, y);

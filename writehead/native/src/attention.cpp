@@ -14,22 +14,22 @@ namespace wh {
 namespace {
 
 constexpr int kCopied = kLanes == 16 ? 24 : 3 * kQueryRows;  // rows from which 16 bits are worth a copy in 32
+constexpr int kWeighed = kLanes == 16 ? 4 : 2;  // vectors of scores at once, for which there are registers
 constexpr float kSlack = 4;  // a score may be so much above `top`: its weight is a number as exact as any
 
-// 2^r for |r| <= 1/2, the best of its degree.
-constexpr float kPower[] = {1.5353361960e-4f, 1.3398875017e-3f, 9.6184369177e-3f, 5.5503323674e-2f,
-                            2.4022647738e-1f, 6.9314718246e-1f, 1};
+// 2^r for |r| <= 1/2, the best of its degree that ends in 1.
+constexpr float kPower[] = {1.3264711784e-3f, 9.6715133767e-3f, 5.5507338151e-2f, 2.4022242070e-1f, 6.9314697752e-01f, 1};
 
-// e^x of N vectors with x <= 80, in step since each is one long chain: 0 below -87, NaN for NaN; to a unit in the last
-// place, and one more for each 10 that x lies below 0.
+// 2^x of N vectors with x <= 100, in step since each is one long chain: 0 below -125, NaN for NaN; to two units in the
+// last place.
 template <int N>
-inline void exp_below(vec (&x)[N]) {
-    const vec magic = splat(12582912.0f), low = splat(-87.0f), log2e = splat(1.44269504f);
+inline void powers(vec (&x)[N]) {
+    const vec magic = splat(12582912.0f), low = splat(-125.5f);
     vec n[N], r[N], p[N];
-    WH_UNROLL for (int i = 0; i < N; i++) n[i] = fma(x[i], log2e, magic);  // the last bits are the nearest integer
-    WH_UNROLL for (int i = 0; i < N; i++) r[i] = fma(x[i], log2e, magic - n[i]);
+    WH_UNROLL for (int i = 0; i < N; i++) n[i] = x[i] + magic;  // the last bits are the nearest integer
+    WH_UNROLL for (int i = 0; i < N; i++) r[i] = x[i] - (n[i] - magic);
     WH_UNROLL for (int i = 0; i < N; i++) p[i] = fma(splat(kPower[0]), r[i], splat(kPower[1]));
-    WH_UNROLL for (int k = 2; k < 7; k++)
+    WH_UNROLL for (int k = 2; k < 6; k++)
         WH_UNROLL for (int i = 0; i < N; i++) p[i] = fma(p[i], r[i], splat(kPower[k]));
     WH_UNROLL for (int i = 0; i < N; i++)
         x[i] = x[i] < low ? vec{} : (vec)((uvec)p[i] + ((uvec)n[i] << 23));
@@ -105,7 +105,7 @@ WH_COLD void raise(const Tile& tile, int row, int wide, vec most, Running& runni
     const float top = reduce_max(most), before = running.top[row];
     running.top[row] = top;
     if (before == -INFINITY) return;  // sums are zeros still
-    const float shrink = std::exp(before - top);
+    const float shrink = std::exp2(before - top);
     float* y = tile.y + row * wide;
     for (int c = 0; c < wide; c += kLanes) store(y + c, splat(shrink) * load(y + c));
     running.total[row] *= splat(shrink);
@@ -116,7 +116,7 @@ template <int N>
 inline vec weights(float* s, vec top) {
     vec w[N];
     WH_UNROLL for (int i = 0; i < N; i++) w[i] = load(s + i * kLanes) - top;
-    exp_below(w);
+    powers(w);
     WH_UNROLL for (int i = 0; i < N; i++) store(s + i * kLanes, w[i]);
     WH_UNROLL for (int i = 1; i < N; i++) w[0] += w[i];
     return w[0];
@@ -125,12 +125,13 @@ inline vec weights(float* s, vec top) {
 // Turns a row's scores into weights; that of a NaN is NaN.
 WH_INLINE void weigh(const Tile& tile, int row, int wide, int count, float* s, Running& running) {
     vec most = splat(running.top[row]);
-    for (int i = 0; i < count; i += kLanes) most = max(load(s + i), most);  // no NaN stays
+    for (int i = 0; i < count; i += kBlock)
+        WH_UNROLL for (int j = 0; j < kBlock; j += kLanes) most = max(load(s + i + j), most);  // no NaN stays
     if (any_greater(most, splat(running.top[row] + kSlack))) raise(tile, row, wide, most, running);
     const vec top = splat(running.top[row] == -INFINITY ? 0 : running.top[row]);
     vec sum = running.total[row];
     int i = 0;
-    for (; i + 4 * kLanes <= count; i += 4 * kLanes) sum += weights<4>(s + i, top);
+    for (; i + kWeighed * kLanes <= count; i += kWeighed * kLanes) sum += weights<kWeighed>(s + i, top);
     for (; i < count; i += kLanes) sum += weights<1>(s + i, top);
     running.total[row] = sum;
 }

@@ -1,4 +1,5 @@
-// Softmax attention of a tile of query rows over the slots of a cache.
+// Softmax attention of a tile of query rows over the slots of a cache. Scores are logarithms to the base of 2, whose
+// powers are cheapest: queries and slopes come scaled for that.
 #ifndef WRITEHEAD_ATTENTION_H
 #define WRITEHEAD_ATTENTION_H
 
@@ -10,9 +11,14 @@
 namespace wh {
 
 constexpr int kTileRows = 96;  // query rows that read a block of keys while it is in the nearest cache
-constexpr int kQueryRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 3;  // of them at once, their sums in registers
+constexpr int kQueryRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 3;  // most of them at once, their sums in registers
 constexpr int kSpan = 128;     // keys whose scores stand together
+constexpr float kLog2e = 1.44269504f;
 constexpr float kMost = 32767, kLeast = 1e-30f;  // of 16 bits, which a row's largest becomes; below kLeast it is nothing
+
+// Rows are computed in passes of about as many each, since few have too few sums to hide how long a product takes.
+constexpr int passes(int rows) { return (rows + kQueryRows - 1) / kQueryRows; }
+constexpr int pass_row(int rows, int pass) { return rows * pass / passes(rows); }  // the first of a pass
 
 // What a format of keys and values needs; attend_products.h says how its numbers are multiplied.
 struct Stored {
@@ -44,14 +50,14 @@ struct Reach {
 // Query rows and what attention gives for them.
 struct Tile {
     int rows;
-    const void* q;       // [rows/kQueryRows][dim][kQueryRows] floats, scaled; for WH_INT8 pairs [..][dim/2][..] int32_t
+    const void* q;       // [passes][dim][kQueryRows] floats, scaled; for WH_INT8 pairs [..][dim/2][..] int32_t
     const float* grain;  // [rows], for WH_INT8: what 1 is worth
     const int32_t* pos;  // [rows]
     const float* slope;  // [rows], of the penalty on distance; null: none
     float* spare;        // [kSpan][even dim + padded dim], for 16 bits that many rows read
     float* y;            // [rows][padded dim], weighted sums of values
     float* top;          // [rows], about the largest score, -infinity where nothing was read
-    float* total;        // [rows], the sum of the weights exp(score - top)
+    float* total;        // [rows], the sum of the weights 2^(score - top)
 };
 
 // Sums over slots [first, last), both multiples of 16; parts of a cache merge by `top` and `total`.

@@ -10,32 +10,17 @@
 namespace wh {
 namespace {
 
-constexpr int kLeastSlots = 64;    // of a stretch of the cache
-constexpr int kStretchSlots = 96;  // that are read in the time that beginning and merging a stretch takes
-constexpr int kMostStretches = 8;  // for each thread
-constexpr int kMerged = 16;        // that are read side by side, since another thread's sums are far away
+constexpr int kMerged = 16;  // pieces that are read side by side, since another thread's sums are far away
 
 // Numbers of scratch memory that a thread needs: for the queries of a tile, and for keys and values.
 size_t scratch_numbers(int dim) {
     const size_t even = round_up(dim, 2);
-    return round_up(kTileRows, kQueryRows) * even + kSpan * (even + round_up(dim, kBlock));
+    return passes(kTileRows) * kQueryRows * even + kSpan * (even + round_up(dim, kBlock));
 }
 
-// Into how many stretches each of `units` caches is cut. The last thread to end has its share of the pieces, and ends about
-// a piece late: small pieces make up for that, large ones are cheaper.
-int stretches(int units, int slots, int threads) {
-    if (units == 0 || threads == 1) return 1;
-    int best = 1;
-    double least = INFINITY;
-    for (int s = 1; s == 1 || (s * units <= kMostStretches * threads && s * kLeastSlots <= slots); s++) {
-        const int pieces = (units * s + threads - 1) / threads + 1;
-        const double time = pieces * (static_cast<double>(slots) / s + kStretchSlots);
-        if (time < least) {
-            best = s;
-            least = time;
-        }
-    }
-    return best;
+// Behind the queries of a thread: room for keys and values of 16 bits as floats, or for queries that are rounded.
+float* spare_of(float* scratch, int dim) {
+    return scratch + static_cast<size_t>(passes(kTileRows)) * kQueryRows * round_up(dim, 2);
 }
 
 // to[d * kQueryRows + row] = factor * from[row][d].
@@ -102,7 +87,6 @@ void Lookup::plan(const wh_cache& cache, const std::vector<Token>& tokens, int t
     wide_ = round_up(cache.head_dim, kBlock);
     parts_.clear();
     part_of_.clear();
-    int most = 0;
     rows_ = 0;
     for (size_t first = 0, last; first < tokens.size(); first = last) {
         int newest = 0;
@@ -115,32 +99,57 @@ void Lookup::plan(const wh_cache& cache, const std::vector<Token>& tokens, int t
         for (int row = 0; row < rows; row += kTileRows)
             parts_.push_back({row, std::min(rows, row + kTileRows), static_cast<int>(first), slots});
         rows_ = std::max(rows_, std::min(rows, kTileRows));
-        most = std::max(most, slots);
     }
-    const int units = static_cast<int>(parts_.size()) * cache.kv_heads;
-    splits_ = stretches(units, most, threads);
-    const size_t sums = static_cast<size_t>(units) * splits_ * rows_;
+    cut(threads);
+    const size_t sums = pieces_.size() * rows_;
     y_.reserve(sums * wide_);
     top_.reserve(sums + kLanes);  // whole vectors are read
     total_.reserve(sums + kLanes);
     scratch_.reserve(static_cast<size_t>(threads) * scratch_numbers(cache.head_dim));
+    packed_.resize(threads);
+}
+
+// Lays all slots on a line, of which each thread has its share, and cuts what is left of a share in halves: large pieces are
+// cheap, and small ones at the end let all threads end together.
+void Lookup::cut(int threads) {
+    std::vector<std::vector<Piece>> shares(threads);
+    size_t all = 0, at = 0;
+    for (const Part& part : parts_) all += static_cast<size_t>(part.slots) * cache_.kv_heads;
+    const auto whole = [](size_t slots, size_t of) { return (slots + of - 1) / of * of; };
+    const auto end_of = [&](size_t thread) { return whole(all * (thread + 1) / threads, kBlock); };
+    int thread = 0;
+    for (int part = 0; part < static_cast<int>(parts_.size()); part++) {
+        for (int head = 0; head < cache_.kv_heads; head++) {
+            for (int slot = 0, some; slot < parts_[part].slots; slot += some, at += some) {
+                while (at >= end_of(thread)) thread++;
+                const size_t left = end_of(thread) - at;
+                const size_t wanted = threads == 1 || left < 2 * kSpan ? left : whole(left / 2, kSpan);
+                some = static_cast<int>(std::min<size_t>(wanted, parts_[part].slots - slot));
+                shares[thread].push_back({part, head, slot, slot + some});
+            }
+        }
+    }
+    size_t most = 0;
+    for (const auto& share : shares) most = std::max(most, share.size());
+    pieces_.clear();
+    first_of_.clear();
+    for (const auto& share : shares) {
+        for (const Piece& piece : share) {
+            if (piece.first == 0) first_of_.push_back(pieces_.size());
+            pieces_.push_back(piece);
+        }
+        for (size_t i = share.size(); i < most; i++) {  // pieces of nothing
+            Piece last = pieces_.back();
+            last.first = last.last;
+            pieces_.push_back(last);
+        }
+    }
+    first_of_.push_back(pieces_.size());
 }
 
 void Lookup::read(Team& team, const Look& look, const float* q, int apart) {
-    const int heads = cache_.kv_heads;
-    team.share(static_cast<int>(parts_.size()) * heads * splits_, [&](int unit, int thread) {
-        float* scratch = scratch_.data() + thread * scratch_numbers(cache_.head_dim);
-        read_part(unit, look, q, apart, scratch);
-    });
-}
-
-Lookup::Place Lookup::place(size_t unit) const {
-    const size_t heads = cache_.kv_heads;
-    return {static_cast<int>(unit / splits_ / heads), static_cast<int>(unit / splits_ % heads), static_cast<int>(unit % splits_)};
-}
-
-int Lookup::first_slot(const Part& part, int split) const {
-    return std::min(part.slots, split * round_up((part.slots + splits_ - 1) / splits_, kBlock));
+    for (Packed& packed : packed_) packed.part = -1;
+    team.share(static_cast<int>(pieces_.size()), [&](int i, int thread) { read_piece(i, look, q, apart, thread); });
 }
 
 size_t Lookup::key_bytes() const {
@@ -167,48 +176,52 @@ Keys Lookup::keys_at(const Part& part, int head, const Look& look) const {
     };
 }
 
-void Lookup::read_part(size_t unit, const Look& look, const float* q, int apart, float* scratch) {
-    const auto [part_number, head, split] = place(unit);
-    const Part& part = parts_[part_number];
+void Lookup::pack(Packed& packed, const Piece& piece, const Look& look, const float* q, int apart, float* scratch) const {
+    const Part& part = parts_[piece.part];
     const int D = cache_.head_dim, rows = part.last - part.first;
-    const Stored kind = stored(cache_.format);
-    const size_t each = static_cast<size_t>(kind.query) * round_up(D, kind.together);  // bytes of a packed query
-    int pos[kTileRows];
-    float slope[kTileRows], grain[kTileRows];
     const float* from[kTileRows];
     for (int r = 0; r < rows; r++) {
         const int token = part.token + (part.first + r) / group_;
-        const int query_head = head * group_ + (part.first + r) % group_;
+        const int query_head = piece.head * group_ + (part.first + r) % group_;
         from[r] = q + static_cast<size_t>(token) * apart + query_head * D;
-        pos[r] = tokens_[token].pos;
-        if (look.slopes) slope[r] = look.slopes[query_head];
+        packed.pos[r] = tokens_[token].pos;
+        if (look.slopes) packed.slope[r] = look.slopes[query_head] * kLog2e;
     }
-    float* spare = scratch + static_cast<size_t>(round_up(kTileRows, kQueryRows)) * round_up(D, 2);
-    for (int r = 0; r < rows; r += kQueryRows) {
-        const int some = std::min(kQueryRows, rows - r);
-        float* to = scratch + r * each / sizeof(float);
+    const float scale = look.scale * kLog2e;
+    const Stored kind = stored(cache_.format);
+    const size_t each = static_cast<size_t>(kind.query) * round_up(D, kind.together) * kQueryRows;  // bytes of a pass
+    for (int pass = 0; pass < passes(rows); pass++) {
+        const int row = pass_row(rows, pass), count = pass_row(rows, pass + 1) - row;
+        float* to = scratch + pass * each / sizeof(float);
         if (cache_.format == WH_INT8)
-            pack_pairs(from + r, some, D, look.scale, spare, to, grain + r);
+            pack_pairs(from + row, count, D, scale, spare_of(scratch, D), to, packed.grain + row);
         else
-            pack_queries(from + r, some, D, look.scale, to);
+            pack_queries(from + row, count, D, scale, to);
     }
-    const int begin = first_slot(part, split), end = first_slot(part, split + 1);
-    Keys keys = keys_at(part, head, look);
-    if (unit + 1 < parts_.size() * cache_.kv_heads * splits_) {  // as a rule this thread's next
-        const Place next = place(unit + 1);
+    packed.part = piece.part;
+    packed.head = piece.head;
+}
+
+void Lookup::read_piece(size_t i, const Look& look, const float* q, int apart, int thread) {
+    const Piece& piece = pieces_[i];
+    const Part& part = parts_[piece.part];
+    const int D = cache_.head_dim;
+    float* scratch = scratch_.data() + thread * scratch_numbers(D);
+    Packed& packed = packed_[thread];
+    if (packed.part != piece.part || packed.head != piece.head) pack(packed, piece, look, q, apart, scratch);
+    Keys keys = keys_at(part, piece.head, look);
+    if (i + 1 < pieces_.size()) {  // as a rule this thread's next
+        const Piece& next = pieces_[i + 1];
         const Keys other = keys_at(parts_[next.part], next.head, look);
-        const size_t slot = first_slot(parts_[next.part], next.split);
-        keys.next_k = static_cast<const char*>(other.k) + slot * key_bytes();
-        keys.next_v = static_cast<const char*>(other.v) + slot * value_bytes();
+        keys.next_k = static_cast<const char*>(other.k) + next.first * key_bytes();
+        keys.next_v = static_cast<const char*>(other.v) + next.first * value_bytes();
     }
-    const size_t at = unit * rows_;
+    const size_t at = i * rows_;
     const Tile tile{
-        rows,  scratch, grain,
-        pos,   look.slopes ? slope : nullptr,
-        spare, y_.data() + at * wide_,
-        top_.data() + at, total_.data() + at,
+        part.last - part.first, scratch,          packed.grain,      packed.pos, look.slopes ? packed.slope : nullptr,
+        spare_of(scratch, D),   y_.data() + at * wide_, top_.data() + at, total_.data() + at,
     };
-    attend(tile, keys, look.reach, begin, end);
+    attend(tile, keys, look.reach, piece.first, piece.last);
 }
 
 void Lookup::collect(int token, float* to) const {
@@ -216,37 +229,37 @@ void Lookup::collect(int token, float* to) const {
     for (int head = 0; head < cache_.kv_heads; head++) {
         for (int row = begin, some; row < begin + group_; row += some, to += some * cache_.head_dim) {
             some = std::min({kLanes, begin + group_ - row, kTileRows - row % kTileRows});
-            const size_t unit = (static_cast<size_t>(first_part + row / kTileRows) * cache_.kv_heads + head) * splits_;
-            merge(unit * rows_ + row % kTileRows, some, to);
+            const size_t part = first_part + row / kTileRows;
+            merge(part * cache_.kv_heads + head, row % kTileRows, some, to);
         }
     }
 }
 
-// The sums of some rows over all stretches of the cache, by the sums of their weights; a row that read nothing gets zeros.
-void Lookup::merge(size_t at, int rows, float* to) const {
-    const int D = cache_.head_dim;
-    const size_t apart = static_cast<size_t>(rows_) * wide_;
+// Some rows' sums over all pieces of a unit, by the sums of their weights; a row that read nothing gets zeros.
+void Lookup::merge(size_t unit, int row, int rows, float* to) const {
+    const int D = cache_.head_dim, pieces = static_cast<int>(first_of_[unit + 1] - first_of_[unit]);
+    const size_t at = first_of_[unit] * rows_ + row, apart = static_cast<size_t>(rows_) * wide_;
     vec top = splat(-INFINITY), total = {};
-    for (int s = 0; s < splits_; s++) top = max(top, load(top_.data() + at + s * rows_));
+    for (int i = 0; i < pieces; i++) top = max(top, load(top_.data() + at + i * rows_));
     top = top > splat(-INFINITY) ? top : vec{};
-    const auto weight = [&](int s) { return exp(load(top_.data() + at + s * rows_) - top); };
-    for (int s = 0; s < splits_; s++) total = fma(weight(s), load(total_.data() + at + s * rows_), total);
+    const auto weight = [&](int i) { return exp((load(top_.data() + at + i * rows_) - top) * splat(1 / kLog2e)); };
+    for (int i = 0; i < pieces; i++) total = fma(weight(i), load(total_.data() + at + i * rows_), total);
     std::fill_n(to, static_cast<size_t>(rows) * D, 0.0f);
-    for (int first = 0; first < splits_; first += kMerged) {
-        const int some = std::min(kMerged, splits_ - first);
+    for (int first = 0; first < pieces; first += kMerged) {
+        const int some = std::min(kMerged, pieces - first);
         float share[kMerged][kLanes];
-        for (int s = 0; s < some; s++) store(share[s], total == vec{} ? vec{} : weight(first + s) / total);
+        for (int i = 0; i < some; i++) store(share[i], total == vec{} ? vec{} : weight(first + i) / total);
         for (int r = 0; r < rows; r++) {
             const float* from = y_.data() + (at + first * rows_ + r) * wide_;
             float* y = to + r * D;
             int d = 0;
             for (; d + kLanes <= D; d += kLanes) {
                 vec sum = load(y + d);
-                for (int s = 0; s < some; s++) sum = fma(splat(share[s][r]), load(from + s * apart + d), sum);
+                for (int i = 0; i < some; i++) sum = fma(splat(share[i][r]), load(from + i * apart + d), sum);
                 store(y + d, sum);
             }
             for (; d < D; d++) {
-                for (int s = 0; s < some; s++) y[d] += share[s][r] * from[s * apart + d];
+                for (int i = 0; i < some; i++) y[d] += share[i][r] * from[i * apart + d];
             }
         }
     }

@@ -28,7 +28,8 @@ struct Look {
 // How the tokens of one call read one cache; the plan serves all of its layers.
 //
 // The query heads that share a key/value head, of all tokens of one row, are rows of tiles. Where tiles are too
-// few for the threads, each reads the cache in several parts, which `collect` merges.
+// few for the threads, each reads the cache in several parts, which `collect` merges. How it is cut depends on the
+// call and the number of threads alone, so that results do not change from run to run.
 class Lookup {
   public:
     // Plans; tokens of a row stand together. The caches hold the keys up to the tokens themselves.
@@ -41,30 +42,40 @@ class Lookup {
     void collect(int token, float* to) const;
 
   private:
+    // A piece of work: slots [first, last) of a part and one of the key/value heads, which are a unit.
+    struct Piece {
+        int part, head, first, last;
+    };
+
+    // The queries of a unit that a thread has packed, for this piece of work and the next.
+    struct Packed {
+        int part, head;
+        int32_t pos[kTileRows];
+        float slope[kTileRows], grain[kTileRows];
+    };
+
     struct Part {
         int first, last;  // rows of the queries of one batch row: token * group + head
         int token;        // the first token of that batch row
         int slots;        // that may be read
     };
 
-    // A unit of work: a part, one of the key/value heads, one of the stretches of the cache.
-    struct Place {
-        int part, head, split;
-    };
-
-    Place place(size_t unit) const;
-    int first_slot(const Part& part, int split) const;
+    void cut(int threads);
     size_t key_bytes() const;  // of a slot
     size_t value_bytes() const;
     Keys keys_at(const Part& part, int head, const Look& look) const;
-    void read_part(size_t unit, const Look& look, const float* q, int apart, float* scratch);
-    void merge(size_t at, int rows, float* to) const;
+    void pack(Packed& packed, const Piece& piece, const Look& look, const float* q, int apart, float* scratch) const;
+    void read_piece(size_t i, const Look& look, const float* q, int apart, int thread);
+    void merge(size_t unit, int row, int rows, float* to) const;
 
     wh_cache cache_{};
     std::vector<Token> tokens_;
-    int group_ = 1, wide_ = 0, rows_ = 0, splits_ = 1;
+    int group_ = 1, wide_ = 0, rows_ = 0;
     std::vector<Part> parts_;
     std::vector<int> part_of_;  // token -> the first part of its batch row
+    std::vector<Piece> pieces_;     // as many for each thread, those of a unit one behind the other
+    std::vector<size_t> first_of_;  // unit -> its first piece, and the end
+    std::vector<Packed> packed_;    // of each thread
     Buffer<float> y_, top_, total_, scratch_;
 };
 

@@ -61,6 +61,26 @@ inline void store(float* to, vec v) { std::memcpy(to, &v, sizeof v); }
 inline vec splat(float x) { return x - vec{}; }
 inline ivec splat_int(int32_t x) { return x - ivec{}; }
 
+// The same of a number in memory, loaded where this stands: GCC loads several rows' at once and runs out of registers.
+inline vec splat_at(const float* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    vec v;
+    asm("vbroadcastss %1, %0" : "=x"(v) : "m"(*from));
+    return v;
+#else
+    return splat(*from);
+#endif
+}
+inline ivec splat_at(const int32_t* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    ivec v;
+    asm("vpbroadcastd %1, %0" : "=x"(v) : "m"(*from));
+    return v;
+#else
+    return splat_int(*from);
+#endif
+}
+
 // One instruction where there is one. Other products and sums are never fused: a quantised value must not depend on it.
 inline vec fma(vec a, vec b, vec c) {
 #if defined(__AVX512F__)
@@ -79,6 +99,9 @@ inline vec add_product(vec sum, vec a, vec b) {
 #if defined(__AVX512F__)
     asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
+#elif defined(__FMA__)
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
 #else
     return fma(a, b, sum);
 #endif
@@ -90,7 +113,7 @@ inline vec add_product(vec sum, vec a, const float* b) {
     asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
     return sum;
 #else
-    return fma(a, splat(*b), sum);
+    return add_product(sum, a, splat_at(b));
 #endif
 }
 
@@ -98,7 +121,7 @@ inline vec add_product(vec sum, vec a, const float* b) {
 // is short, some rows should; with all of them loads would be.
 constexpr bool in_place(int r, int V) {
     constexpr int kOf = 9, kSome = 4;
-    return V == 1 || (r + 1) * kSome / kOf != r * kSome / kOf;
+    return V == 1 || (kLanes == 16 && (r + 1) * kSome / kOf != r * kSome / kOf);
 }
 
 inline vec max(vec a, vec b) { return a > b ? a : b; }
@@ -161,7 +184,7 @@ inline ivec add_product(ivec sum, svec a, const int32_t* b) {
     asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*b));
     return sum;
 #else
-    return add_product(sum, a, splat_int(*b));
+    return add_product(sum, a, splat_at(b));
 #endif
 }
 
