@@ -134,8 +134,8 @@ struct Queries {
 // Calls work(pass, row, count) for each pass over the rows.
 template <class Work>
 WH_INLINE void each_pass(int rows, const Work& work) {
-    for (int pass = 0; pass < passes(rows); pass++)
-        work(pass, pass_row(rows, pass), pass_row(rows, pass + 1) - pass_row(rows, pass));
+    const int each = pass_rows(rows);
+    for (int pass = 0, row = 0; row < rows; pass++, row += each) work(pass, row, std::min(each, rows - row));
 }
 
 // Scores of ROWS queries and V vectors of keys; F lines are fetched each unit.

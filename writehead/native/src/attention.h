@@ -16,9 +16,14 @@ constexpr int kSpan = 128;     // keys whose scores stand together
 constexpr float kLog2e = 1.44269504f;
 constexpr float kMost = 32767, kLeast = 1e-30f;  // of 16 bits, which a row's largest becomes; below kLeast it is nothing
 
-// Rows are computed in passes of about as many each, since few have too few sums to hide how long a product takes.
+// Rows are computed in passes; where the last would have too few for their sums to hide how long a product takes, all
+// have about as many.
+constexpr int kFewRows = 4;
 constexpr int passes(int rows) { return (rows + kQueryRows - 1) / kQueryRows; }
-constexpr int pass_row(int rows, int pass) { return rows * pass / passes(rows); }  // the first of a pass
+constexpr int pass_rows(int rows) {
+    const int rest = rows % kQueryRows;
+    return rest == 0 || rest >= kFewRows ? kQueryRows : (rows + passes(rows) - 1) / passes(rows);
+}
 
 // What a format of keys and values needs; attend_products.h says how its numbers are multiplied.
 struct Stored {

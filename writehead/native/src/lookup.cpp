@@ -190,9 +190,9 @@ void Lookup::pack(Packed& packed, const Piece& piece, const Look& look, const fl
     const float scale = look.scale * kLog2e;
     const Stored kind = stored(cache_.format);
     const size_t each = static_cast<size_t>(kind.query) * round_up(D, kind.together) * kQueryRows;  // bytes of a pass
-    for (int pass = 0; pass < passes(rows); pass++) {
-        const int row = pass_row(rows, pass), count = pass_row(rows, pass + 1) - row;
-        float* to = scratch + pass * each / sizeof(float);
+    float* to = scratch;
+    for (int row = 0; row < rows; row += pass_rows(rows), to += each / sizeof(float)) {
+        const int count = std::min(pass_rows(rows), rows - row);
         if (cache_.format == WH_INT8)
             pack_pairs(from + row, count, D, scale, spare_of(scratch, D), to, packed.grain + row);
         else
