@@ -210,7 +210,7 @@ void Lookup::read_piece(size_t i, const Look& look, const float* q, int apart, i
     Packed& packed = packed_[thread];
     if (packed.part != piece.part || packed.head != piece.head) pack(packed, piece, look, q, apart, scratch);
     Keys keys = keys_at(part, piece.head, look);
-    if (i + 1 < pieces_.size()) {  // as a rule this thread's next
+    if ((i + 1) % (pieces_.size() / packed_.size()) != 0) {  // as a rule this thread's next
         const Piece& next = pieces_[i + 1];
         const Keys other = keys_at(parts_[next.part], next.head, look);
         keys.next_k = static_cast<const char*>(other.k) + next.first * key_bytes();
