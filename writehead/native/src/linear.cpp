@@ -25,6 +25,7 @@ constexpr int kCopied = 3;       // tiles from which bfloat16 weights are worth 
 constexpr int kAhead = kLanes == 16 ? 4096 : 1024;  // bytes, as measured on Cascade Lake and on Zen 3
 constexpr int kBlockRows = 128;  // of x that several blocks of outputs read one after the other
 constexpr int kPieceBytes = 64 * 1024, kPieces = 16;  // the most bytes, the least pieces of a matrix: a few us each
+constexpr int kMostInputs = 4;   // from one line that a tile fetches to the next
 constexpr int kFew = 4;          // rows below which one block of outputs at a time is fastest
 
 bool in_bytes(const wh_matrix& w) { return w.format == WH_INT8 || w.format == WH_INT4; }
@@ -125,13 +126,27 @@ using FloatTile = void (*)(const T*, size_t, const float*, int, const Output&);
 using ByteTile = void (*)(const uint8_t*, size_t, const uint16_t*, size_t, Quantised, int, const Output&);
 
 // Tiles by their height; from `Least` rows on.
-template <class T, int B, int F, int Least = 1, size_t... R>
+template <class T, int B, int F, int Least = 1, int Turn = 1, size_t... R>
 constexpr std::array<FloatTile<T>, sizeof...(R)> float_tiles(std::index_sequence<R...>) {
-    return {float_tile<T, static_cast<int>(R) + Least, B, F>...};
+    return {float_tile<T, static_cast<int>(R) + Least, B, F, Turn>...};
 }
 template <Bytes F, int B, bool FETCH, size_t... R>
 constexpr std::array<ByteTile, sizeof...(R)> byte_tiles(std::index_sequence<R...>) {
     return {byte_tile<F, static_cast<int>(R) + 1, B, FETCH>...};
+}
+
+// The tile of one block that fetches a line once in so many inputs; 0: none, 1: as a lone tile does. One of several is at
+// least half as high as they may be.
+template <class T>
+FloatTile<T> paced_tile_of(int height, int turn) {
+    constexpr int kHalf = (kFloatRows + 1) / 2;
+    constexpr auto every = std::make_index_sequence<kFloatRows>();
+    constexpr auto high = std::make_index_sequence<kFloatRows - kHalf + 1>();
+    static constexpr auto alone = float_tiles<T, 1, 1>(every);
+    static constexpr std::array several = {float_tiles<T, 1, 0, kHalf>(high), float_tiles<T, 1, 1, kHalf, 2>(high),
+                                           float_tiles<T, 1, 1, kHalf, 3>(high), float_tiles<T, 1, 1, kHalf, 4>(high)};
+    if (turn == 1 || height < kHalf) return alone[height - 1];
+    return several[turn == 0 ? 0 : turn - 1][height - kHalf];
 }
 
 // The tile of so many rows and blocks that fetches so many lines at a time; one with fewer blocks than the registers
@@ -167,6 +182,15 @@ int fetch(Output& out, int tile, int tiles, const char* own, const char* next, s
         }
     }
     return count;
+}
+
+// The same for tiles of one block: each of the first fetches lines that lie one behind the other, so many inputs apart
+// that together they fetch all. Says how many inputs; 0: the tile fetches nothing.
+int pace(Output& out, int tile, int tiles, const char* own, const char* next, int lines, int inputs) {
+    const int turn = tiles == 1 ? 1 : std::min(tiles * inputs / lines, kMostInputs);
+    const int first = tile * ((inputs + turn - 1) / turn);
+    out.ahead[0] = tiles == 1 ? own + kAhead : next + static_cast<size_t>(first) * kLine;
+    return first < lines ? turn : 0;
 }
 
 // Adds up over the panels of inputs: the first one brings the bias in, the others add to what is there.
@@ -210,12 +234,19 @@ void multiply_float(const wh_matrix& w, const float* x, int rows, const Area& ar
             each_tile(tiles, tile, count, [&](int first, int height, int number) {
                 const float* from = x + static_cast<size_t>(first) * w.k + static_cast<size_t>(k) * height;
                 out.y = all.y + first * all.ldy + n;
-                const int fetched = fetch(out, number, count, reinterpret_cast<const char*>(weights),
-                                          reinterpret_cast<const char*>(next), stride * sizeof(T), blocks);
+                const char* const own = reinterpret_cast<const char*>(weights);
+                const char* const ahead = reinterpret_cast<const char*>(next);
+                const int lines = std::max<int>(1, inputs * sizeof(T) * kBlock / kLine);
+                const int fetched = kFloatBlocks == 1 ? pace(out, number, count, own, ahead, lines, inputs)
+                                                      : fetch(out, number, count, own, ahead, stride * sizeof(T), blocks);
+                const auto tile_of = [&](auto weight) {
+                    return kFloatBlocks == 1 ? paced_tile_of<decltype(weight)>(height, fetched)
+                                             : float_tile_of<decltype(weight)>(height, blocks, fetched);
+                };
                 if (copied) {
-                    float_tile_of<float>(height, blocks, fetched)(copy, kPanel * kBlock, from, inputs, out);
+                    tile_of(float())(copy, kPanel * kBlock, from, inputs, out);
                 } else {
-                    float_tile_of<T>(height, blocks, fetched)(weights, stride, from, inputs, out);
+                    tile_of(T())(weights, stride, from, inputs, out);
                 }
             });
         }

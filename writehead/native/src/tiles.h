@@ -2,6 +2,8 @@
 #ifndef WRITEHEAD_TILES_H
 #define WRITEHEAD_TILES_H
 
+#include <algorithm>
+
 #include "linear.h"
 #include "vec.h"
 
@@ -12,7 +14,7 @@ constexpr int kUnits = kGroup / 4;       // 4-byte units in a group; those of 16
 static_assert(kUnits <= 8, "sums of nibbles are kept in 16 bits until `end_dots`");
 constexpr int kMostFetched = 3;          // lines that a tile fetches at a time
 
-// Where the sums of a tile go, and what to fetch meanwhile: a line of each for every line of a block that it reads.
+// Where the sums of a tile go, and what to fetch meanwhile, line by line.
 struct Output {
     float* y;
     size_t ldy;
@@ -57,24 +59,28 @@ inline vec load_weights(const float* w) { return load(w); }
 inline vec load_weights(const uint16_t* w) { return load_bf16(w); }
 
 // Inputs [0, k) of B blocks that are `stride` numbers apart; x holds R numbers for each input. F lines are fetched at
-// a time: every instruction counts where another thread shares the core.
-template <class T, int R, int B, int F>
+// a time, for each input or once in TURN: every instruction counts where another thread shares the core.
+template <class T, int R, int B, int F, int TURN = 1>
 void float_tile(const T* w, size_t stride, const float* x, int k, const Output& out) {
     constexpr int V = B * kParts;
     constexpr int U = R * V >= 8 ? 1 : R * V >= 4 ? 2 : R * V >= 2 ? 4 : 8;  // sums in turn hide the latency
-    constexpr int kAtOnce = U > 2 ? U : 2;
+    constexpr int kAtOnce = TURN > 1 ? TURN : std::max(U, 2);
+    constexpr int kStep = TURN > 1 ? kLine : sizeof(T) * kBlock;  // bytes from what is fetched to what is fetched next
+    static_assert(kAtOnce % TURN == 0 && kAtOnce >= U);
     // one row of float32 is read fastest as the processor fetches it by itself, as measured on Zen 3
     constexpr int kFetched = kLanes == 8 && sizeof(T) == sizeof(float) && R == 1 ? 0 : F;
     vec sums[U][R][V] = {};
-    const auto step = [&](int i, vec(&sum)[R][V]) {
+    const auto step = [&](int i, int u, vec(&sum)[R][V]) {
         vec weights[V];
         WH_UNROLL
         for (int v = 0; v < V; v++) {
             const T* from = w + v / kParts * stride + i * kBlock + v % kParts * kLanes;
             weights[v] = load_weights(from);
         }
-        WH_UNROLL
-        for (int f = 0; f < kFetched; f++) __builtin_prefetch(out.ahead[f] + i * sizeof(T) * kBlock);
+        if (u % TURN == 0) {
+            WH_UNROLL
+            for (int f = 0; f < kFetched; f++) __builtin_prefetch(out.ahead[f] + i / TURN * kStep);
+        }
         WH_UNROLL
         for (int r = 0; r < R; r++) {
             const float* from = x + static_cast<size_t>(i) * R + r;
@@ -89,9 +95,9 @@ void float_tile(const T* w, size_t stride, const float* x, int k, const Output& 
     int i = 0;
     for (; i + kAtOnce <= k; i += kAtOnce) {
         WH_UNROLL
-        for (int u = 0; u < kAtOnce; u++) step(i + u, sums[u % U]);
+        for (int u = 0; u < kAtOnce; u++) step(i + u, u, sums[u % U]);
     }
-    for (; i < k; i++) step(i, sums[0]);
+    for (; i < k; i++) step(i, 0, sums[0]);
     WH_UNROLL
     for (int u = 1; u < U; u++) {
         WH_UNROLL
