@@ -169,9 +169,9 @@ void copy_blocks(const HalfPair* const* from, int count, int steps, int width, f
     }
 }
 
-// What is read after a span.
+// What is read after the keys and after the values of a span.
 struct Next {
-    const char *k, *v;
+    const void *values, *keys;
 };
 
 template <class T>
@@ -180,7 +180,7 @@ void read_blocks(const Tile& tile, const Keys& keys, Reach reach, const Span& sp
     alignas(64) float s[kTileRows * kSpan];
     const Queries<T> q{static_cast<const Number<T>*>(tile.q), tile.grain, steps_of<T>(keys.dim)};
     const int wide = round_up(keys.dim, kBlock), count = span.count * kBlock;
-    score(q, tile.rows, k, span.count, next.k, s);
+    score(q, tile.rows, k, span.count, static_cast<const char*>(next.values), s);
     for (int r = 0; r < tile.rows; r++) {
         if (!plain) adjust(tile, r, keys, reach, span, s + r * kSpan);
         weigh(tile, r, wide, count, s + r * kSpan, running);
@@ -190,9 +190,9 @@ void read_blocks(const Tile& tile, const Keys& keys, Reach reach, const Span& sp
         float grain[kTileRows];
         for (int r = 0; r < tile.rows; r++)
             scale_weights(keys.v_scale, span, s + r * kSpan, reinterpret_cast<int16_t*>(pairs + r * kRow<BytePair>), grain + r);
-        add(Weights<T>{pairs, grain}, tile.rows, v, wide, span.count, next.v, tile.y);
+        add(Weights<T>{pairs, grain}, tile.rows, v, wide, span.count, static_cast<const char*>(next.keys), tile.y);
     } else {
-        add(Weights<T>{s, nullptr}, tile.rows, v, wide, span.count, next.v, tile.y);
+        add(Weights<T>{s, nullptr}, tile.rows, v, wide, span.count, static_cast<const char*>(next.keys), tile.y);
     }
 }
 
@@ -200,12 +200,13 @@ template <class T>
 void read_span(const Tile& tile, const Keys& keys, Reach reach, const Span& span, bool plain, int slot, int last,
                Running& running) {
     const int steps = steps_of<T>(keys.dim), wide = round_up(keys.dim, kBlock);
-    const T *k[kBlocks + 1], *v[kBlocks + 1];
-    const auto at = [&](int slot, int b) {
-        k[b] = static_cast<const T*>(keys.k) + static_cast<size_t>(slot) * steps;
-        v[b] = static_cast<const T*>(keys.v) + static_cast<size_t>(slot) / kTogether<T> * wide;
-    };
-    for (int b = 0; b < kBlocks; b++) at(span.slot[std::min(b, span.count - 1)], b);
+    const T *k[kBlocks], *v[kBlocks];
+    const auto key = [&](int slot) { return static_cast<const T*>(keys.k) + static_cast<size_t>(slot) * steps; };
+    for (int b = 0; b < kBlocks; b++) {
+        const int at = span.slot[std::min(b, span.count - 1)];
+        k[b] = key(at);
+        v[b] = static_cast<const T*>(keys.v) + static_cast<size_t>(at) / kTogether<T> * wide;
+    }
     if constexpr (std::is_same_v<T, HalfPair>) {
         if (tile.rows >= kCopied) {
             const float *keys_copy[kBlocks], *values_copy[kBlocks];
@@ -216,10 +217,7 @@ void read_span(const Tile& tile, const Keys& keys, Reach reach, const Span& span
             return read_blocks<float>(tile, even, reach, span, plain, keys_copy, values_copy, {nullptr, nullptr}, running);
         }
     }
-    at(slot, kBlocks);
-    const Next next = slot < last ? Next{reinterpret_cast<const char*>(k[kBlocks]), reinterpret_cast<const char*>(v[kBlocks])}
-                                  : Next{static_cast<const char*>(keys.next_k), static_cast<const char*>(keys.next_v)};
-    read_blocks(tile, keys, reach, span, plain, k, v, next, running);
+    read_blocks(tile, keys, reach, span, plain, k, v, {v[0], slot < last ? key(slot) : keys.next}, running);
 }
 
 template <class T>

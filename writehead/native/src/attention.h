@@ -44,7 +44,7 @@ struct Keys {
     const void* v;                   // [slots][padded dim], or pairs: [slots/2][padded dim]
     const float *k_scale, *v_scale;  // [slots], with WH_INT8
     const int32_t* pos;              // [slots], -1 = empty
-    const void *next_k, *next_v;     // what is read after these: fetched ahead
+    const void* next;                // keys that are read after these, or null
 };
 
 // Who reads what: a query at q reads keys at 0 <= p <= q with q - p < window (0: any) or p < lead.

@@ -172,7 +172,6 @@ Keys Lookup::keys_at(const Part& part, int head, const Look& look) const {
         cache_.v_scale ? cache_.v_scale + first : nullptr,
         cache_.pos + row * slots,
         nullptr,
-        nullptr,
     };
 }
 
@@ -213,8 +212,7 @@ void Lookup::read_piece(size_t i, const Look& look, const float* q, int apart, i
     if ((i + 1) % (pieces_.size() / packed_.size()) != 0) {  // as a rule this thread's next
         const Piece& next = pieces_[i + 1];
         const Keys other = keys_at(parts_[next.part], next.head, look);
-        keys.next_k = static_cast<const char*>(other.k) + next.first * key_bytes();
-        keys.next_v = static_cast<const char*>(other.v) + next.first * value_bytes();
+        keys.next = static_cast<const char*>(other.k) + next.first * key_bytes();
     }
     const size_t at = i * rows_;
     const Tile tile{
