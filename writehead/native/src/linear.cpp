@@ -240,8 +240,10 @@ void multiply_float(const wh_matrix& w, const float* x, int rows, const Area& ar
                 const int fetched = kFloatBlocks == 1 ? pace(out, number, count, own, ahead, lines, inputs)
                                                       : fetch(out, number, count, own, ahead, stride * sizeof(T), blocks);
                 const auto tile_of = [&](auto weight) {
-                    return kFloatBlocks == 1 ? paced_tile_of<decltype(weight)>(height, fetched)
-                                             : float_tile_of<decltype(weight)>(height, blocks, fetched);
+                    if constexpr (kFloatBlocks == 1)
+                        return paced_tile_of<decltype(weight)>(height, fetched);
+                    else
+                        return float_tile_of<decltype(weight)>(height, blocks, fetched);
                 };
                 if (copied) {
                     tile_of(float())(copy, kPanel * kBlock, from, inputs, out);
